@@ -1,0 +1,62 @@
+# Everything runs in .venv, which each target makes by itself when it is missing or
+# older than setup.py or constraints.txt.
+
+# The first interpreter that really runs (a version manager's shim may exist and fail),
+# is in range, and can make a virtual environment.
+USABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	$$p -c '$(USABLE)' >/dev/null 2>&1 && echo $$p && break; done)
+
+ARGS ?=
+WORKDIR ?= runs/tiny
+PYTEST_ARGS ?=
+WORKERS ?= 2
+UV_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help train test test-slow lint format constraints clean
+.DEFAULT_GOAL := help
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
+
+train: $(READY)  ## train a small MPT on this CPU; ARGS="--config.steps=100", WORKDIR=...
+	$(BIN)/python -m mpt_jax.train --config configs/tiny.py --workdir $(WORKDIR) $(ARGS)
+
+test: $(READY)  ## run the default tests; PYTEST_ARGS="tests/models -k alibi", WORKERS=0
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+test-slow: $(READY)  ## run the tests marked slow
+	$(BIN)/python -m pytest -n $(WORKERS) -m slow $(PYTEST_ARGS)
+
+lint: $(READY)  ## check style, change nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)  ## fix style in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+constraints: $(READY)  ## update constraints.txt after setup.py; UV_ARGS=--upgrade
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip compile setup.py --all-extras --universal --python-version 3.11 \
+		--no-annotate --quiet --custom-compile-command "make constraints" \
+		$(UV_ARGS) --output-file constraints.txt
+
+clean:  ## delete .venv and caches; runs/ is kept
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(READY): setup.py constraints.txt
+	@$(or $(PYTHON),false) -c '$(USABLE)' || { \
+		echo "No usable Python. mpt_jax needs Python 3.11, 3.12 or 3.13 with venv" >&2; \
+		echo "(Debian, Ubuntu: apt-get install python3-venv). Name another one with" >&2; \
+		echo "  make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Installing into $(VENV) with $(PYTHON): about 1 GB to download, once ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
+		-c constraints.txt ./third_party/editdistance -e '.[dev]'
+	@touch $@

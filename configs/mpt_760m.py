@@ -1,0 +1,21 @@
+"""MPT-760M as LLM Foundry trains it: 760,470,528 parameters.
+
+~15B tokens (29,000 x 256 x 2,048). Reproduces
+llm-foundry@8c8dd48:scripts/train/yamls/pretrain/mpt-760m.yaml in model, optimizer,
+schedule, batch and length: biases and learned positions, not the ALiBi of the released
+checkpoints (those are in configs/released). The yaml trains on C4 with the GPT-NeoX-20B
+tokenizer; ``data`` here is the embedded corpus, to try the shape with. Hardware: 4 or
+more accelerators. No loss was published for this yaml, so none is promised.
+
+    python -m mpt_jax.train --config configs/mpt_760m.py --workdir runs/mpt_760m
+"""
+
+from ml_collections import ConfigDict
+
+from mpt_jax import presets
+
+
+def get_config() -> ConfigDict:
+    config = presets.config("mpt-760m")
+    config.checkpoint.every_steps = 500
+    return config

@@ -1,0 +1,104 @@
+"""The error hierarchy and the exit code of every verb.
+
+Exit codes (documented in README): 0 done, or preempted and saved; 1 internal;
+2 user or configuration; 3 data; 4 checkpoint; 75 no step for watchdog_seconds;
+77 training diverged. A verb prints one line for an MptError and keeps the traceback
+for ``--traceback``.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+EXIT_OK = 0
+EXIT_INTERNAL = 1
+EXIT_USER = 2
+EXIT_DATA = 3
+EXIT_CHECKPOINT = 4
+EXIT_STUCK = 75
+EXIT_DIVERGED = 77
+
+
+class MptError(Exception):
+    """Base of every error a user may meet; ``location`` says where (path, file:line)."""
+
+    exit_code = EXIT_INTERNAL
+    kind = "internal error"
+
+    def __init__(self, message: str, *, location: str = ""):
+        super().__init__(message)
+        self.message = message
+        self.location = location
+
+    def __str__(self) -> str:
+        return f"{self.location}: {self.message}" if self.location else self.message
+
+
+class InternalError(MptError):
+    """A bug in mpt_jax: please report it with the traceback."""
+
+
+class UserError(MptError):
+    """The caller asked for something impossible."""
+
+    exit_code = EXIT_USER
+    kind = "error"
+
+
+class ConfigError(UserError):
+    """One or more problems in a configuration, all listed at once."""
+
+    kind = "config error"
+
+    def __init__(self, problems: Sequence[str], *, location: str = ""):
+        self.problems = tuple(problems)
+        message = (
+            self.problems[0]
+            if len(self.problems) == 1
+            else f"{len(self.problems)} problems:\n  " + "\n  ".join(self.problems)
+        )
+        super().__init__(message, location=location)
+
+
+class DataError(MptError):
+    """A data set, tokenizer or batch is missing, malformed or out of range."""
+
+    exit_code = EXIT_DATA
+    kind = "data error"
+
+
+class CheckpointError(MptError):
+    """A checkpoint cannot be written, found, verified or restored."""
+
+    exit_code = EXIT_CHECKPOINT
+    kind = "checkpoint error"
+
+
+class DivergedError(MptError):
+    """The loss is not finite or has spiked past what the stability policy allows."""
+
+    exit_code = EXIT_DIVERGED
+    kind = "diverged"
+
+
+def run_verb(main: Callable[[], int | None], *, show_traceback: bool) -> int:
+    """Runs a verb; turns an exception into one readable message and an exit code."""
+    try:
+        return main() or EXIT_OK
+    except MptError as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"{error.kind}: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
+    except Exception as error:
+        if show_traceback:
+            traceback.print_exc()
+        hint = "" if show_traceback else " (run again with --traceback for the stack)"
+        name = type(error).__name__
+        print(f"internal error: {name}: {error}{hint}", file=sys.stderr, flush=True)
+        return EXIT_INTERNAL

@@ -1,0 +1,1 @@
+"""Text from a model: sample.py is the whole-prefix sampler that training ends with."""

@@ -1,0 +1,424 @@
+"""Attention in plain XLA: the definition, and a form that needs no S x S memory.
+
+``_logits`` says what a logit is and who sees whom; both forms call it.
+``attention_reference`` takes all of them at once: the specification, and the oracle of
+every kernel's tests. ``attention_blocked`` runs everywhere: online softmax over blocks
+of keys (Milakov and Gimelshein 2018, arXiv 1805.02867; Rabe and Staats 2021, arXiv
+2112.05682) and the backward of FlashAttention (Dao et al. 2022, arXiv 2205.14135),
+which keeps one log-sum-exp per row and computes each block again. Blocks that no query
+may see are not visited.
+
+Dims beside the usual ones: G = H // K query heads per KV head; Q rows and T columns of
+one block, of which i and j count.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
+
+from mpt_jax.kernels.attention import RESIDUAL_NAMES, Operands, Rule
+
+# A block is B * H * Q * T logits. On a CPU it must stay in cache: at B * H = 48 blocks
+# of 128 x 128 (3 MiB) ran 1.3 to 1.9 times as fast as 512 x 512, and at B * H = 4 the
+# other way round; under 128 the loops cost more than they save.
+_CPU_BLOCK_LOGITS = 2**20
+_BLOCK_SIZES = (512, 256, 128)
+
+_Carry = TypeVar("_Carry")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is static: the rule, and how rows and columns are cut into blocks."""
+
+    rule: Rule
+    n_rows: int
+    n_columns: int
+    block_q: int
+    block_k: int
+
+    @property
+    def row_blocks(self) -> int:
+        return math.ceil(self.n_rows / self.block_q)
+
+    @property
+    def column_blocks(self) -> int:
+        return math.ceil(self.n_columns / self.block_k)
+
+
+def attention_reference(
+    q_BLHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    rule: Rule,
+    operands: Operands,
+) -> tuple[jax.Array, jax.Array]:
+    """The definition: all L x S logits at once, differentiated by JAX.
+
+    Args, returns: as kernels.attention.attention.
+    Numerics: everything in float32 (float64 for float64 inputs), full precision.
+    """
+    B, L, H, D = q_BLHD.shape
+    S, K = k_BSKD.shape[1:3]
+    plan = _Plan(rule, L, S, block_q=L, block_k=S)
+    q, k, v = (x.astype(_accumulator(x)) for x in (q_BLHD, k_BSKD, v_BSKD))
+    einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+
+    qk = einsum("bqkgd,btkd->bkgqt", q.reshape(B, L, K, H // K, D), k)
+    _, s = _logits(plan, operands, qk, 0, 0, "BKGQT")
+    top = lax.stop_gradient(_finite(s.max(-1, keepdims=True)))
+    p = jnp.exp(s - top)
+    total = p.sum(-1, keepdims=True)
+    kept = p / _nonzero(total) * _dropout(plan, operands, p, 0, 0, "BKGQT")
+    out = einsum("bkgqt,btkd->bqkgd", kept, v)
+    lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(_nonzero(total)))
+    lse_BLH = lse[..., 0].transpose(0, 3, 1, 2).reshape(B, L, H)
+    return out.reshape(B, L, H, D).astype(q_BLHD.dtype), lse_BLH
+
+
+def attention_blocked(
+    q_BLHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    rule: Rule,
+    operands: Operands,
+    *,
+    block_q: int | None = None,
+    block_k: int | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention in O(L + S) memory, forward and backward.
+
+    Batch and heads stay whole in every contraction, so that arrays sharded over them
+    need no communication. Dropout draws each block's mask from the key folded with
+    (i, j), which the backward repeats: other block sizes drop other weights.
+
+    Args: as kernels.attention.attention; block_q, block_k: rows and columns per block,
+      by default the largest that suit the machine.
+    Numerics: logits and sums in float32 (float64 for float64 inputs); the softmax is
+      rounded to the dtype of v before it meets v, as the matrix units want it.
+    """
+    B, L, H, _ = q_BLHD.shape
+    S = k_BSKD.shape[1]
+    largest = _largest_block(B * H)
+    plan = _Plan(
+        rule, L, S, _even(L, block_q or largest), _even(S, block_k or largest)
+    )
+    return _flash(plan, q_BLHD, k_BSKD, v_BSKD, operands)
+
+
+def _largest_block(batch_times_heads: int) -> int:
+    if jax.default_backend() != "cpu":
+        return _BLOCK_SIZES[0]
+    fits = (n for n in _BLOCK_SIZES if batch_times_heads * n * n <= _CPU_BLOCK_LOGITS)
+    return next(fits, _BLOCK_SIZES[-1])
+
+
+def _even(length: int, largest: int) -> int:
+    """Block size that cuts length into few, equal blocks, so that padding is small."""
+    if length <= largest:
+        return length
+    share = math.ceil(length / math.ceil(length / largest))
+    return min(largest, 8 * math.ceil(share / 8))  # 8: whole vector registers
+
+
+# The logits: what both forms share.
+
+
+def _logits(
+    plan: _Plan, x: Operands, qk: jax.Array, i: ArrayLike, j: ArrayLike, dims: str
+) -> tuple[jax.Array, jax.Array]:
+    """Logits of block (i, j) before and after bias and mask, from qk with these dims.
+
+    The bias is -slope * |distance| of exact integers: a key far enough away for the
+    product to round has no weight, unlike in the usual slope * column (off by 1e-3 at
+    65k columns). Hidden keys get -inf.
+    """
+    rule = plan.rule
+    capped = qk * rule.softmax_scale
+    if rule.logit_softcap is not None:
+        capped = rule.logit_softcap * jnp.tanh(capped / rule.logit_softcap)
+
+    columns = j * plan.block_k + jnp.arange(plan.block_k, dtype=jnp.int32)
+    rows = i * plan.block_q + jnp.arange(plan.block_q, dtype=jnp.int32)
+    row = _place(x.q_offset + rows, "Q", dims)
+    column = _place(x.kv_offset + columns, "T", dims)
+    distance = jnp.abs(row - column)
+
+    s = capped
+    if x.slopes_H is not None:
+        K, G = qk.shape[dims.index("K")], qk.shape[dims.index("G")]
+        slopes_KG = lax.stop_gradient(x.slopes_H).astype(s.dtype).reshape(K, G)
+        s = s - _place(slopes_KG, "KG", dims) * distance.astype(s.dtype)
+
+    visible = []
+    if rule.causal:
+        past = column <= row
+        if x.prefix_mask_BS is not None:
+            prefix = _cut(x.prefix_mask_BS, j, plan.block_k) != 0
+            past |= _place(prefix, "BT", dims)
+        visible.append(past)
+    if rule.window is not None:
+        visible.append(distance <= rule.window)
+    if x.q_segment_ids_BL is not None:
+        q_segment = _place(_cut(x.q_segment_ids_BL, i, plan.block_q), "BQ", dims)
+        kv_segment = _place(_cut(x.kv_segment_ids_BS, j, plan.block_k), "BT", dims)
+        visible += [q_segment == kv_segment, kv_segment != 0]
+    if plan.n_columns % plan.block_k:
+        visible.append(_place(columns < plan.n_columns, "T", dims))
+    for mask in visible:
+        s = jnp.where(mask, s, -jnp.inf)
+    return capped, s
+
+
+def _dropout(
+    plan: _Plan, x: Operands, p: jax.Array, i: ArrayLike, j: ArrayLike, dims: str
+) -> ArrayLike:
+    """What dropout multiplies block (i, j) of the softmax by: 0 or 1 / (1 - rate)."""
+    rate = plan.rule.dropout_rate
+    if not rate:
+        return 1.0
+    key = jax.random.fold_in(jax.random.fold_in(x.dropout_key, i), j)
+    shape = [p.shape[dims.index(d)] for d in "BKGQT"]
+    kept = jax.random.bernoulli(key, 1 - rate, shape)
+    return _place(kept, "BKGQT", dims).astype(p.dtype) / (1 - rate)
+
+
+# The blocked form.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _flash(
+    plan: _Plan, q_BLHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, x: Operands
+) -> tuple[jax.Array, jax.Array]:
+    B, L, H, D = q_BLHD.shape
+    K, G = k_BSKD.shape[2], H // k_BSKD.shape[2]
+    acc_dtype = _accumulator(q_BLHD)
+    q_BLKGD = _pad_rows(plan, q_BLHD.reshape(B, L, K, G, D))
+    k_BSKD, v_BSKD, x = _pad_operands(plan, k_BSKD, v_BSKD, x)
+
+    def row_block(i, outputs):
+        q_BKGQD = _rows(plan, q_BLKGD, i)
+
+        def column_block(j, state):
+            top, total, acc = state
+            k_BKTD, v_BKTD = _columns(plan, k_BSKD, j), _columns(plan, v_BSKD, j)
+            qk = _einsum("bkgqd,bktd->bkgqt", q_BKGQD, k_BKTD)
+            _, s = _logits(plan, x, qk, i, j, "BKGQT")
+            new_top = jnp.maximum(top, s.max(-1, keepdims=True))
+            shift = _finite(new_top)
+            p, shrink = jnp.exp(s - shift), jnp.exp(top - shift)
+            total = total * shrink + p.sum(-1, keepdims=True)
+            kept = (p * _dropout(plan, x, p, i, j, "BKGQT")).astype(v_BKTD.dtype)
+            acc = acc * shrink + _einsum("bkgqt,bktd->bkgqd", kept, v_BKTD)
+            return new_top, total, acc
+
+        zeros = jnp.zeros((B, K, G, plan.block_q, 1), acc_dtype)
+        start = zeros - jnp.inf, zeros, jnp.zeros(q_BKGQD.shape, acc_dtype)
+        top, total, acc = _over_columns(plan, x, i, column_block, start)
+        out = (acc / _nonzero(total)).astype(q_BLHD.dtype)
+        lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(_nonzero(total)))
+        out_BLKGD, lse_BLKG1 = outputs
+        return _put_rows(plan, out_BLKGD, i, out), _put_rows(plan, lse_BLKG1, i, lse)
+
+    outputs = jnp.zeros_like(q_BLKGD), jnp.zeros(q_BLKGD.shape[:4] + (1,), acc_dtype)
+    out, lse = _loop(0, plan.row_blocks, plan.row_blocks, row_block, outputs)
+    return out[:, :L].reshape(B, L, H, D), lse[:, :L].reshape(B, L, H)
+
+
+def _flash_forward(plan, q_BLHD, k_BSKD, v_BSKD, x):
+    results = _flash(plan, q_BLHD, k_BSKD, v_BSKD, x)
+    out_BLHD, lse_BLH = map(checkpoint_name, results, RESIDUAL_NAMES)
+    return (out_BLHD, lse_BLH), (q_BLHD, k_BSKD, v_BSKD, x, out_BLHD, lse_BLH)
+
+
+def _flash_backward(plan, residuals, cotangents):
+    """dq, dk, dv in one pass over the blocks; logits transposed (T before Q).
+
+    ds = p * (dp - delta) with dp = do . v and delta = do . out - dlse, since dlse/ds = p.
+    Transposed, two of the three products that contract p or ds need no transposition.
+    """
+    q_BLHD, k_BSKD, v_BSKD, x, out_BLHD, lse_BLH = residuals
+    dout_BLHD, dlse_BLH = cotangents
+    B, L, H, D = q_BLHD.shape
+    K, G = k_BSKD.shape[2], H // k_BSKD.shape[2]
+    acc_dtype = _accumulator(q_BLHD)
+    delta_BLH = (dout_BLHD.astype(acc_dtype) * out_BLHD).sum(-1) - dlse_BLH
+    # A row that sees nothing, or is padding, has lse +inf here: then p = 0.
+    empty = lse_BLH == -jnp.inf
+    lse_BLH = jnp.where(empty, jnp.inf, lse_BLH)
+    delta_BLH = jnp.where(empty, 0, delta_BLH)
+
+    q, dout = (
+        _pad_rows(plan, a.reshape(B, L, K, G, D)) for a in (q_BLHD, dout_BLHD)
+    )
+    lse, delta = (
+        _pad_rows(plan, a.reshape(B, L, K, G, 1), value)
+        for a, value in ((lse_BLH, jnp.inf), (delta_BLH, 0))
+    )
+    k_BSKD, v_BSKD, x = _pad_operands(plan, k_BSKD, v_BSKD, x)
+
+    def row_block(i, grads):
+        q_BKGQD, dout_BKGQD = _rows(plan, q, i), _rows(plan, dout, i)
+        lse_i, delta_i = (
+            _place(_rows(plan, a, i)[..., 0], "BKGQ", "BKTGQ") for a in (lse, delta)
+        )
+
+        def column_block(j, state):
+            dq, dk, dv = state
+            k_BKTD, v_BKTD = _columns(plan, k_BSKD, j), _columns(plan, v_BSKD, j)
+            qk = _einsum("bktd,bkgqd->bktgq", k_BKTD, q_BKGQD)
+            capped, s = _logits(plan, x, qk, i, j, "BKTGQ")
+            p = jnp.exp(s - lse_i)
+            drop = _dropout(plan, x, p, i, j, "BKTGQ")
+            dp = _einsum("bktd,bkgqd->bktgq", v_BKTD, dout_BKGQD) * drop
+            ds = p * (dp - delta_i) * plan.rule.softmax_scale
+            if plan.rule.logit_softcap is not None:
+                ds = ds * (1 - (capped / plan.rule.logit_softcap) ** 2)
+            kept, ds = (p * drop).astype(dout_BKGQD.dtype), ds.astype(q_BKGQD.dtype)
+            dq = dq + _einsum("bktgq,bktd->bkgqd", ds, k_BKTD)
+            dk_j = _einsum("bktgq,bkgqd->bktd", ds, q_BKGQD)
+            dv_j = _einsum("bktgq,bkgqd->bktd", kept, dout_BKGQD)
+            return dq, _add_columns(plan, dk, j, dk_j), _add_columns(plan, dv, j, dv_j)
+
+        dq, dk, dv = grads
+        start = jnp.zeros(q_BKGQD.shape, acc_dtype), dk, dv
+        dq_i, dk, dv = _over_columns(plan, x, i, column_block, start)
+        return _put_rows(plan, dq, i, dq_i.astype(dq.dtype)), dk, dv
+
+    dkv = jnp.zeros(k_BSKD.shape, acc_dtype)
+    grads = jnp.zeros_like(q), dkv, dkv
+    dq, dk, dv = _loop(0, plan.row_blocks, plan.row_blocks, row_block, grads)
+    S = plan.n_columns
+    dk, dv = dk[:, :S].astype(k_BSKD.dtype), dv[:, :S].astype(v_BSKD.dtype)
+    return dq[:, :L].reshape(B, L, H, D), dk, dv, None
+
+
+_flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _over_columns(
+    plan: _Plan,
+    x: Operands,
+    i: ArrayLike,
+    column_block: Callable[[ArrayLike, _Carry], _Carry],
+    carry: _Carry,
+) -> _Carry:
+    """Runs column_block over the blocks that some row of block i can see."""
+    rule, width = plan.rule, plan.block_k
+    first_row = x.q_offset - x.kv_offset + i * plan.block_q  # in columns
+    last_row = first_row + plan.block_q - 1
+    lowest, highest = 0, plan.n_columns - 1
+    if rule.window is not None:
+        lowest = jnp.maximum(lowest, first_row - rule.window)
+        highest = jnp.minimum(highest, last_row + rule.window)
+    if rule.causal:
+        visible_end = last_row
+        if x.prefix_mask_BS is not None:
+            columns = jnp.arange(x.prefix_mask_BS.shape[1], dtype=jnp.int32)
+            last_prefix = jnp.where((x.prefix_mask_BS != 0).any(0), columns, -1).max()
+            visible_end = jnp.maximum(visible_end, last_prefix)
+        highest = jnp.minimum(highest, visible_end)
+
+    def visit(j, carry):
+        if not rule.causal or x.prefix_mask_BS is None:
+            return column_block(j, carry)
+        # Above the diagonal only a prefix token can be seen.
+        prefix = _cut(x.prefix_mask_BS, j, width) != 0
+        seen = (j * width <= last_row) | prefix.any()
+        return lax.cond(seen, column_block, lambda j, carry: carry, j, carry)
+
+    low, high = jnp.maximum(lowest, 0) // width, (highest + width) // width
+    return _loop(low, high, plan.column_blocks, visit, carry)
+
+
+def _loop(
+    low: ArrayLike,
+    high: ArrayLike,
+    count: int,
+    body: Callable[[ArrayLike, _Carry], _Carry],
+    carry: _Carry,
+) -> _Carry:
+    """body over low..high - 1, all below count; without a loop where count is 1."""
+    return body(0, carry) if count == 1 else lax.fori_loop(low, high, body, carry)
+
+
+def _rows(plan: _Plan, a_BLKGD: jax.Array, i: ArrayLike) -> jax.Array:
+    return _cut(a_BLKGD, i, plan.block_q).transpose(0, 2, 3, 1, 4)
+
+
+def _put_rows(
+    plan: _Plan, a_BLKGD: jax.Array, i: ArrayLike, a_BKGQD: jax.Array
+) -> jax.Array:
+    rows = a_BKGQD.transpose(0, 3, 1, 2, 4)
+    return lax.dynamic_update_slice_in_dim(a_BLKGD, rows, i * plan.block_q, axis=1)
+
+
+def _columns(plan: _Plan, a_BSKD: jax.Array, j: ArrayLike) -> jax.Array:
+    return _cut(a_BSKD, j, plan.block_k).transpose(0, 2, 1, 3)
+
+
+def _add_columns(
+    plan: _Plan, a_BSKD: jax.Array, j: ArrayLike, a_BKTD: jax.Array
+) -> jax.Array:
+    columns = _cut(a_BSKD, j, plan.block_k) + a_BKTD.transpose(0, 2, 1, 3)
+    return lax.dynamic_update_slice_in_dim(a_BSKD, columns, j * plan.block_k, axis=1)
+
+
+def _cut(a: jax.Array, block: ArrayLike, size: int) -> jax.Array:
+    """One block of dim 1, where every array here has its rows or columns."""
+    return lax.dynamic_slice_in_dim(a, block * size, size, axis=1)
+
+
+def _pad_rows(plan: _Plan, a: jax.Array | None, value: float = 0) -> jax.Array | None:
+    return _pad(a, plan.row_blocks * plan.block_q, value)
+
+
+def _pad_operands(
+    plan: _Plan, k_BSKD: jax.Array, v_BSKD: jax.Array, x: Operands
+) -> tuple[jax.Array, jax.Array, Operands]:
+    width = plan.column_blocks * plan.block_k
+    x = x._replace(
+        q_segment_ids_BL=_pad_rows(plan, x.q_segment_ids_BL),
+        kv_segment_ids_BS=_pad(x.kv_segment_ids_BS, width),
+        prefix_mask_BS=_pad(x.prefix_mask_BS, width),
+    )
+    return _pad(k_BSKD, width), _pad(v_BSKD, width), x
+
+
+def _pad(a: jax.Array | None, length: int, value: float = 0) -> jax.Array | None:
+    if a is None or a.shape[1] == length:
+        return a
+    widths = [(0, length - a.shape[1] if axis == 1 else 0) for axis in range(a.ndim)]
+    return jnp.pad(a, widths, constant_values=value)
+
+
+def _place(a: jax.Array, dims: str, target: str) -> jax.Array:
+    """a with its dims in the order of target and length 1 where it has none."""
+    a = a.transpose([dims.index(d) for d in target if d in dims])
+    return jnp.expand_dims(a, [n for n, d in enumerate(target) if d not in dims])
+
+
+def _accumulator(a: jax.Array) -> jnp.dtype:
+    return jnp.promote_types(a.dtype, jnp.float32)
+
+
+def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=_accumulator(a))
+
+
+def _finite(a: jax.Array) -> jax.Array:
+    return jnp.where(a == -jnp.inf, 0, a)
+
+
+def _nonzero(a: jax.Array) -> jax.Array:
+    return jnp.where(a == 0, 1, a)

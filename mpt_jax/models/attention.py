@@ -1,0 +1,97 @@
+"""MPT's attention layer around the attention op.
+
+Order: project -> clip -> qk norm -> (scale, soft-cap, ALiBi, masks, softmax) -> project.
+Source: llm-foundry@8c8dd48:llmfoundry/models/layers/attention.py:GroupedQueryAttention.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+from mpt_jax.config import ModelConfig
+from mpt_jax.kernels.attention import attention
+from mpt_jax.models.alibi import slopes
+from mpt_jax.models.init import Fans
+from mpt_jax.models.layers import Linear, Norm
+from mpt_jax.partitioning import shard
+
+# MosaicML builds q_ln and k_ln without passing norm_type on: always its default.
+QK_NORM = {"kind": "low_precision_layernorm", "eps": 1e-5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Masks:
+    """What restricts attention beside causality; None restricts nothing.
+
+    segment_ids_BL: int32 document of each token, 0 for padding; prefix_mask_BL: bool,
+    tokens that everyone in the segment may see.
+    """
+
+    segment_ids_BL: jax.Array | None = None
+    prefix_mask_BL: jax.Array | None = None
+
+
+class Attention(nnx.Module):
+    """Multi-head, multi-query or grouped-query attention with ALiBi."""
+
+    def __init__(self, cfg: ModelConfig):
+        self.cfg, a = cfg, cfg.attn_config
+        embed = ((cfg.d_model, "embed"),)
+        head_dim = (cfg.d_head, "head_dim")
+        heads = ((cfg.n_heads, "heads"), head_dim)
+        # One KV head cannot be split: it is replicated over the tensor axis.
+        kv_axis = "kv_heads" if cfg.n_kv_heads > 1 else None
+        kv_heads = ((cfg.n_kv_heads, kv_axis), head_dim)
+        # MosaicML initialises each head's slice of the fused matrix on its own.
+        fans = Fans(fan_in=cfg.d_model, fan_out=cfg.d_head)
+        self.Wq = Linear(cfg, embed, heads, fans=fans, use_bias=cfg.qkv_bias)
+        self.Wk = Linear(cfg, embed, kv_heads, fans=fans, use_bias=cfg.qkv_bias)
+        self.Wv = Linear(cfg, embed, kv_heads, fans=fans, use_bias=cfg.qkv_bias)
+        normed = a.qk_ln or a.qk_gn
+        per_head = (head_dim,)
+        self.q_ln = (
+            Norm(cfg, per_head if a.qk_gn else heads, **QK_NORM) if normed else None
+        )
+        self.k_ln = (
+            Norm(cfg, per_head if a.qk_gn else kv_heads, **QK_NORM) if normed else None
+        )
+        fans = Fans(cfg.n_heads * cfg.d_head, cfg.d_model, residual=True)
+        self.out_proj = Linear(cfg, heads, embed, fans=fans, use_bias=not cfg.no_bias)
+
+    def __call__(
+        self, x_BLE: jax.Array, masks: Masks, *, dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        cfg, a = self.cfg, self.cfg.attn_config
+        q, k, v = self.Wq(x_BLE), self.Wk(x_BLE), self.Wv(x_BLE)
+        if a.clip_qkv:
+            q, k, v = (jnp.clip(t, -a.clip_qkv, a.clip_qkv) for t in (q, k, v))
+        if self.q_ln is not None:
+            q, k = self.q_ln(q), self.k_ln(k)
+        kv_axis = "act_heads" if cfg.n_kv_heads > 1 else None
+        q_BLHD = shard(q, "batch", "length", "act_heads", None)
+        k_BSKD = shard(k, "batch", "kv_length", kv_axis, None)
+        v_BSKD = shard(v, "batch", "kv_length", kv_axis, None)
+        segments = masks.segment_ids_BL if a.attn_uses_sequence_id else None
+        out_BLHD = attention(
+            q_BLHD,
+            k_BSKD,
+            v_BSKD,
+            slopes(cfg.n_heads, bias_max=a.alibi_bias_max) if a.alibi else None,
+            softmax_scale=cfg.softmax_scale,
+            q_segment_ids_BL=segments,
+            kv_segment_ids_BS=segments,
+            prefix_mask_BS=masks.prefix_mask_BL if a.prefix_lm else None,
+            window=a.sliding_window_size if a.sliding_window_size >= 0 else None,
+            logit_softcap=a.attn_logit_softcapping,
+            dropout_rate=a.attn_pdrop if dropout_key is not None else 0.0,
+            dropout_key=dropout_key,
+            implementation=cfg.attention,
+        )
+        out_BLHD = checkpoint_name(out_BLHD, "attention_out")
+        out_BLHD = shard(out_BLHD, "batch", "length", "act_heads", None)
+        return self.out_proj(out_BLHD)

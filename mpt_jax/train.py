@@ -1,0 +1,420 @@
+"""Trains an MPT: ``python -m mpt_jax.train --config configs/tiny.py``.
+
+The same command again resumes where the last one stopped. Ctrl-C (or SIGTERM) saves a
+checkpoint and stops; nothing is lost and no token is seen twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mpt_jax import cli
+from mpt_jax.config import TrainConfig, resume_differences, to_json
+from mpt_jax.errors import EXIT_OK, ConfigError, DivergedError, run_verb
+from mpt_jax.validate import check_mesh
+
+if TYPE_CHECKING:
+    from mpt_jax.training.checkpoints import StoredStep
+    from mpt_jax.training.metrics import Throughput
+    from mpt_jax.training.stability import Verdict
+    from mpt_jax.training.step import Objective, TrainState
+
+
+def main(argv: Sequence[str]) -> int:
+    """The verb: flags and config first, JAX only when there is something to run."""
+    parser = cli.Parser(prog="python -m mpt_jax.train", description=__doc__)
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE.py", help="a file with get_config()")
+    add("--workdir", metavar="DIR", help="checkpoints, metrics, plots; default "
+        "runs/CONFIG; named on the last line")  # fmt: skip
+    add("--print_config", action="store_true", help="print every knob and stop; * marks "
+        "the command line's")  # fmt: skip
+    add("--dry_run", action="store_true", help="print shapes, parameters, memory and "
+        "tokens, compile the step, and stop")  # fmt: skip
+    add("--supervise", action="store_true", help="restart the trainer when it fails")
+    add("--traceback", action="store_true", help="show the stack of an error")
+    show_traceback = "--traceback" in argv
+    try:
+        flags, overrides = cli.parse_args(parser, argv)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+
+    def run() -> int:
+        config = cli.load_config(flags.config, overrides)
+        stem = pathlib.Path(flags.config.partition(":")[0]).stem
+        workdir = pathlib.Path(flags.workdir or f"runs/{stem}").absolute()
+        if flags.print_config:
+            print(cli.show_config(config, overrides))
+        elif flags.dry_run:
+            from mpt_jax.training.dry_run import dry_run
+
+            print(dry_run(config))
+        elif flags.supervise:
+            from mpt_jax.training.supervise import supervise
+
+            child = [a for a in argv if a != "--supervise"]
+            command = [sys.executable, "-m", "mpt_jax.train", *child]
+            return supervise(command, workdir=workdir, config=config.supervise)
+        else:
+            outcome = train(config, workdir)
+            loss = outcome.validation_loss
+            shown = f", validation loss {loss:.4f}" if loss is not None else ""
+            print(f"step {outcome.step}{shown}: {workdir}", flush=True)
+        return EXIT_OK
+
+    return run_verb(run, show_traceback=show_traceback)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a run ended. step: batches seen; loss: the last validation loss, if any."""
+
+    step: int
+    finished: bool
+    validation_loss: float | None
+
+
+def train(
+    config: TrainConfig, workdir: pathlib.Path, *, objective: Objective | None = None
+) -> Outcome:
+    """Trains until ``config.total_steps`` or a signal, resuming from ``workdir``.
+
+    Args:
+      objective: what to minimise; default next-token prediction.
+    Raises: MptError of every kind; see errors.py for the exit codes.
+    """
+    import jax
+
+    from mpt_jax import partitioning
+
+    if config.compilation_cache:
+        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
+    if problems := check_mesh(config, jax.device_count()):
+        raise ConfigError(problems)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(partitioning.use(partitioning.make_mesh(config.mesh)))
+        run = Run(config, workdir, stack, objective=objective)
+        run.start()
+        run.loop()
+        run.finish()
+        return Outcome(run.step, run.finished, run.validation_loss)
+
+
+class Run:
+    """A run in progress: its program, data, sinks and position."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        workdir: pathlib.Path,
+        stack: contextlib.ExitStack,
+        *,
+        objective: Objective | None,
+    ):
+        from mpt_jax.data import feed
+        from mpt_jax.partitioning import current_mesh
+        from mpt_jax.training.checkpoints import Checkpoints
+        from mpt_jax.training.progress import Progress
+        from mpt_jax.training.stability import SpikeDetector
+        from mpt_jax.training.step import make_program
+        from mpt_jax.training.watchdog import Watchdog
+        from mpt_jax.training.writers import MetricsWriter
+
+        self.config, self.workdir = config, workdir
+        # First: it refuses a bad directory or a second trainer at once.
+        self.checkpoints = stack.enter_context(
+            Checkpoints(workdir / "checkpoints", config.checkpoint)
+        )
+        self.program = make_program(config, current_mesh(), objective=objective)
+        self.detector = SpikeDetector(config.stability)
+        self.warm, self.rollbacks, self.bad_since = False, 0, 0
+        self.validation: list[dict[str, Any]] = []
+        self.validation_loss: float | None = None
+        self.stored = self.checkpoints.latest_valid()
+        if self.stored is not None:
+            if found := resume_differences(self.stored.meta["config"], config):
+                raise ConfigError(
+                    [*found, "use another --workdir, or the old values"],
+                    location=f"cannot resume {self.stored.path}",
+                )
+        self.step = self.stored.step if self.stored else 0
+        (workdir / "config.json").write_text(to_json(config) + "\n")
+
+        self.tokenizer = feed.tokenizer(config)
+        source = feed.open_source(config, split="train", tokenizer=self.tokenizer)
+        self.source = stack.enter_context(contextlib.closing(source))
+        self.stop = stack.enter_context(_stop_on_signal())
+        self.progress = stack.enter_context(
+            Progress(config.total_steps, start_step=self.step)
+        )
+        self.writer = stack.enter_context(
+            MetricsWriter(workdir, config.log, start_step=self.step)
+        )
+        self.watchdog = stack.enter_context(
+            Watchdog(config.watchdog_seconds, dump_path=workdir / "stuck.txt")
+        )
+        self.meter = self._make_meter()
+
+    def _make_meter(self) -> Throughput:
+        import jax
+
+        from mpt_jax.models.mpt import count_params
+        from mpt_jax.training.metrics import Throughput, flops_per_token, peak_flops
+
+        config = self.config
+        peak = peak_flops(jax.devices()[0].device_kind)
+        n_params = count_params(config.model)
+        self.progress.message(
+            f"{n_params:,} parameters on {jax.device_count()} x "
+            f"{jax.devices()[0].device_kind}; {config.tokens_per_step:,} tokens a step, "
+            f"{config.total_steps * config.tokens_per_step:,} in all; {self.workdir}"
+        )
+        return Throughput(
+            config.total_steps,
+            start_step=self.step,
+            tokens_per_step=config.tokens_per_step,
+            flops=flops_per_token(config.model, config.seq_len, n_params),
+            peak_flops=peak * jax.device_count() if peak else None,
+        )
+
+    # ------------------------------------------------------------- start and resume
+
+    def start(self) -> None:
+        """Sets ``self.state``: restored, from checkpoint.init_from, or fresh."""
+        import jax
+
+        config, struct = self.config, self.program.struct
+        if self.stored is not None:
+            for step, reason in self.stored.skipped:
+                self.progress.message(f"checkpoint {step} is damaged: {reason}")
+            self._restore(self.stored, rewind_data=True)
+            self.progress.message(f"resumed from {self.stored.path}")
+            return
+        self.state = self.program.init(jax.random.key(config.seed))
+        if config.checkpoint.init_from:
+            from mpt_jax.training.checkpoints import restore_params
+
+            params = restore_params(config.checkpoint.init_from, struct.params)
+            self.state = self.state._replace(params=params)
+            self.progress.message(f"parameters from {config.checkpoint.init_from}")
+
+    def _restore(self, stored: StoredStep, *, rewind_data: bool) -> None:
+        from mpt_jax.training.step import TrainState
+
+        struct = self.program.struct
+        restored = stored.restore(struct.params, _without_params(struct))
+        self.state = TrainState(params=restored.params, **restored.opt_state)
+        self.step = stored.step
+        self.detector.load_state_dict(restored.meta["detector"])
+        if rewind_data:
+            self.source.restore(restored.data)
+            self.rollbacks = restored.meta["rollbacks"]
+
+    def save(self, *, wait: bool = False) -> None:
+        self.checkpoints.save(
+            self.step,
+            params=self.state.params,
+            opt_state=_without_params(self.state),
+            data=self.source.state(),
+            meta={
+                "config": dataclasses.asdict(self.config),
+                "detector": self.detector.state_dict(),
+                "rollbacks": self.rollbacks,
+            },
+            wait=wait,
+        )
+
+    # ------------------------------------------------------------------------- loop
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.total_steps
+
+    def loop(self) -> None:
+        """Steps until the end or a signal.
+
+        Metrics of a step are fetched after the next one is dispatched, so the device
+        never waits for the host; saving and evaluating settle the last step first.
+        """
+        pending = None
+        while not (self.finished or self.stop.signal):
+            with self.meter.data_wait():
+                batch = self._device_batch(next(self.source))
+            self.state, metrics = self.program.step(self.state, batch)
+            self.step += 1
+            settled, pending = pending, (self.step, metrics)
+            save = self.checkpoints.due(self.step, now=time.monotonic())
+            every = self.config.eval.every_steps
+            evaluate = self.finished or bool(every and self.step % every == 0)
+            good = settled is None or self._settle(*settled)
+            if good and (save or evaluate or self.stop.signal):
+                good, pending = self._settle(*pending), None
+            if not good:
+                self._roll_back()
+                pending = None
+                continue
+            self.watchdog.beat(self.step)
+            with self.meter.pause(), self.watchdog.pause():
+                if evaluate:
+                    self.evaluate()
+                if save:
+                    self.save()
+
+    def _device_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        import jax
+
+        put = jax.make_array_from_process_local_data
+        return {k: put(self.program.batch_sharding, v) for k, v in batch.items()}
+
+    def _settle(self, step: int, metrics: dict[str, Any]) -> bool:
+        """Reads a finished step's metrics; False when it calls for a rollback."""
+        import jax
+
+        from mpt_jax.training.stability import Verdict
+
+        values = {k: v.item() for k, v in jax.device_get(metrics).items()}
+        finite = bool(values.pop("finite"))
+        if not self.warm:  # the time so far was compilation
+            self.meter.restart(step)
+            self.warm = True
+        every = self.config.log.every_steps
+        if step % every == 0 or step in (1, self.config.total_steps) or not finite:
+            values |= self.meter.log(step).metrics()
+            self.writer.write(step, {**values, "finite": int(finite)})
+            self.progress.update(step, values)
+        verdict = self.detector.observe(step, values["loss"], finite=finite)
+        if verdict is Verdict.SKIPPED:
+            self.progress.message(f"step {step}: not finite, update not applied")
+        return verdict in (Verdict.OK, Verdict.SKIPPED) or self._diverged(step, verdict)
+
+    def _diverged(self, step: int, verdict: Verdict) -> bool:
+        """Acts on a spike or on too many non-finite steps: True goes on."""
+        from mpt_jax.training.stability import Verdict
+
+        c = self.config.stability
+        spike = verdict is Verdict.SPIKE
+        policy = c.spike if spike else c.nonfinite
+        if policy == "ignore":
+            self.progress.message(f"loss spike, ignored: {self.detector.reason}")
+            return True
+        if policy != "rollback":
+            raise DivergedError(self.detector.reason)
+        self.bad_since = step - (c.spike_patience if spike else c.max_skips)
+        return False
+
+    def _roll_back(self) -> None:
+        """Back to the newest checkpoint from before the trouble; on with newer data.
+
+        The data position stays: the batches since that checkpoint are skipped, as if
+        they had never been in the stream.
+        """
+        reason, limit = self.detector.reason, self.config.stability.max_rollbacks
+        if self.rollbacks >= limit:
+            raise DivergedError(f"{reason}; {limit} rollbacks did not help")
+        stored = self.checkpoints.latest_valid(before=self.bad_since)
+        if stored is None:
+            raise DivergedError(
+                f"{reason}; no checkpoint from before step {self.bad_since} to go back to"
+            )
+        seen = self.step
+        self._restore(stored, rewind_data=False)
+        self.rollbacks += 1
+        self.writer.rewind(self.step)
+        self.meter.restart(self.step)
+        self.progress.message(
+            f"{reason}; rolled back to step {self.step} (rollback {self.rollbacks} of "
+            f"{limit}), {seen - self.step} batches are skipped"
+        )
+
+    def evaluate(self) -> None:
+        """Mean loss over the same validation batches each time."""
+        from mpt_jax.data import feed
+
+        if not self.validation:
+            n = self.config.eval.batches
+            self.validation = feed.validation_batches(
+                self.config, n, tokenizer=self.tokenizer
+            )
+        ce = weight = 0.0
+        for batch in self.validation:
+            sums = self.program.evaluate(self.state.params, self._device_batch(batch))
+            ce, weight = ce + float(sums.ce), weight + float(sums.weight)
+        self.validation_loss = ce / max(weight, 1.0)
+        self.writer.write(self.step, {"validation_loss": self.validation_loss})
+        self.progress.message(
+            f"step {self.step}: validation loss {self.validation_loss:.4f}"
+        )
+
+    # -------------------------------------------------------------------------- end
+
+    def finish(self) -> None:
+        """Saves what is not saved yet; at the end, also shows a sample."""
+        with self.watchdog.pause():
+            if self.step and self.step != self.checkpoints.last_step:
+                self.save()
+            if self.finished and self.config.sample.max_tokens:
+                self._sample()
+            self.checkpoints.wait()
+        if not self.finished:
+            name = signal.Signals(self.stop.signal).name
+            self.progress.message(
+                f"{name}: saved step {self.step}; the same command goes on from there"
+            )
+
+    def _sample(self) -> None:
+        from mpt_jax.generation.sample import sample
+
+        c, tokenizer = self.config.sample, self.tokenizer
+        ids = sample(
+            self.config.model,
+            self.state.params,
+            tokenizer.encode(c.prompt),
+            max_tokens=c.max_tokens,
+            temperature=c.temperature,
+            seed=self.config.seed,
+            vocab_size=tokenizer.vocab_size,
+            eos_id=tokenizer.eos_id,
+        )
+        text = c.prompt + tokenizer.decode(ids)
+        (self.workdir / "sample.txt").write_text(text + "\n")
+        self.progress.message(f"--- sample\n{text}\n---")
+
+
+def _without_params(state: TrainState) -> dict[str, Any]:
+    """All of a state but its parameters, which are a checkpoint item of their own."""
+    return {k: v for k, v in state._asdict().items() if k != "params"}
+
+
+@dataclasses.dataclass
+class _Stop:
+    """The signal that asked for an orderly stop; 0 while none has."""
+
+    signal: int = 0
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[_Stop]:
+    """Notes SIGTERM and SIGINT for the loop; a second one acts as it always does."""
+    stop = _Stop()
+
+    def note(number: int, frame: object) -> None:
+        stop.signal = number
+        signal.signal(number, before[number])
+
+    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Everything around one training step: checkpoints, metrics, stability, supervision."""

@@ -1,0 +1,101 @@
+"""Ends a process that no longer makes steps, so that something can restart it.
+
+A peer that is alive but stuck keeps its heartbeats up: JAX waits for it for ever, and
+SIGTERM no longer kills a process of a distributed job. The watching thread needs the
+GIL, which JAX gives back while it waits for a device or a peer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import pathlib
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+
+from mpt_jax.errors import EXIT_STUCK
+
+TICKS = 10  # looks per allowed time: a stuck process ends after 1.0 to 1.1 of it
+REPORT_SECONDS = 10.0  # then it ends, reported or not: stderr may be what is stuck
+
+
+class Watchdog:
+    """Exits with 75 after ``seconds`` without a beat; a context manager.
+
+    The stacks of all threads go to stderr and to ``dump_path``. Time is counted in
+    looks of the watching thread, not by the clock: a process that was stopped (Ctrl-Z)
+    or slept with its laptop did not look, and lives on.
+
+    Args: seconds: longest time for a step; 0 is off.
+    """
+
+    def __init__(
+        self,
+        seconds: float,
+        dump_path: str | os.PathLike[str],
+        *,
+        die: Callable[[int], object] = os._exit,
+    ):
+        self._seconds, self._dump_path = seconds, pathlib.Path(dump_path)
+        self._beats = self._paused = 0
+        self._step: int | None = None
+        self._closed, self._die = threading.Event(), die
+        if seconds > 0:
+            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+
+    def beat(self, step: int) -> None:
+        """``step`` is done."""
+        self._step = step
+        self._beats += 1
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """Long but legitimate work (compilation, evaluation, saving); may nest."""
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._beats += 1
+            self._paused -= 1
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _watch(self) -> None:
+        seen, idle = self._beats, 0
+        while not self._closed.wait(self._seconds / TICKS):
+            moved = self._paused or self._beats != seen
+            seen, idle = self._beats, 0 if moved else idle + 1
+            if idle == TICKS:
+                report = threading.Thread(target=self._report, daemon=True)
+                report.start()
+                report.join(REPORT_SECONDS)
+                self._die(EXIT_STUCK)
+
+    def _report(self) -> None:
+        last = "no step yet" if self._step is None else f"last step {self._step}"
+        host, pid = socket.gethostname(), os.getpid()
+        headline = (
+            f"watchdog: no step for {self._seconds:g} s on host {host} (pid {pid}), "
+            f"{last}; exit {EXIT_STUCK}, stacks in {self._dump_path}\n"
+        ).encode()
+        with contextlib.suppress(OSError):
+            os.write(2, headline)
+        with tempfile.TemporaryFile() as file:  # local, unlike perhaps dump_path
+            faulthandler.dump_traceback(file=file, all_threads=True)
+            file.seek(0)
+            stacks = file.read()
+        with contextlib.suppress(OSError):
+            os.write(2, stacks)
+        with contextlib.suppress(OSError):
+            self._dump_path.parent.mkdir(parents=True, exist_ok=True)
+            self._dump_path.write_bytes(headline + stacks)

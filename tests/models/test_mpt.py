@@ -1,0 +1,223 @@
+"""Properties of the model: who may influence whom, and what may not change anything."""
+
+import dataclasses
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mpt_jax import presets
+from mpt_jax.config import ModelConfig, parse
+from mpt_jax.models import mpt
+from mpt_jax.models.layers import dropout
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "params"
+L, V = 12, 40
+# float32, the same sums in another order (scanned or not, recomputed or not).
+REORDERED = {"rtol": 2e-5, "atol": 2e-5}
+
+
+def small(**fields) -> ModelConfig:
+    base = {
+        "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 16, "vocab_size": V,
+        "compute_dtype": "float32", "attn_config": {"alibi": True},
+    }  # fmt: skip
+    return parse(ModelConfig, {**base, **fields})
+
+
+def tokens(seed=0, batch=2):
+    return jax.random.randint(jax.random.key(seed), (batch, L), 0, V)
+
+
+def influence(cfg, **kwargs):
+    """(L, L): how much the embedding at j moves the hidden state at i."""
+    params = mpt.init(cfg, jax.random.key(1))
+    ids = jnp.arange(L)[None]  # every position its own row of wte
+    probe = jax.random.normal(jax.random.key(2), (cfg.d_model,))
+
+    def state(table, i):
+        with_table = params | {"wte": {"weight": table}}
+        return mpt.hidden_states(cfg, with_table, ids, **kwargs)[0, i] @ probe
+
+    # Row by row: jacrev, a vmap of the reversed scan, is wrong on jax 0.10.2's CPU.
+    row = jax.jit(jax.grad(state))
+    gradients = [row(params["wte"]["weight"], i)[:L] for i in range(L)]
+    return jnp.abs(jnp.stack(gradients)).sum(2)
+
+
+ATTENTION = {
+    "alibi": {"alibi": True},
+    "learned": {},
+    "mqa": {"alibi": True, "attn_type": "multiquery_attention"},
+    "gqa": {"alibi": True, "attn_type": "grouped_query_attention", "kv_n_heads": 2},
+    "window": {"alibi": True, "sliding_window_size": 3},
+    "qk_ln": {"alibi": True, "qk_ln": True},
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_causality_by_gradients(name):
+    seen = influence(small(attn_config=ATTENTION[name]))
+    assert np.all(np.diag(seen) > 0)
+    assert np.all(np.triu(seen, 1) == 0)
+    below = np.tril(np.ones((L, L), bool), -1)
+    if name == "window":  # two layers of 3 reach back 6
+        below &= np.abs(np.subtract.outer(range(L), range(L))) <= 6
+        assert np.all(np.asarray(seen)[~below & np.tri(L, k=-1, dtype=bool)] == 0)
+    assert np.all(np.asarray(seen)[below] > 0)
+
+
+def test_packed_documents_do_not_see_each_other():
+    segments = jnp.asarray([[1] * 5 + [2] * 4 + [0] * 3])
+    cfg = small(attn_config={"alibi": True, "attn_uses_sequence_id": True})
+    seen = np.asarray(influence(cfg, segment_ids_BL=segments))
+    same = np.equal.outer(segments[0], segments[0])
+    assert np.all(seen[~same] == 0)
+    assert np.all(seen[same & np.tri(L, dtype=bool)][: 15 + 10] > 0)
+    # The same ids with attn_uses_sequence_id off, as MPT was pretrained, change nothing.
+    loose = influence(small(), segment_ids_BL=segments)
+    np.testing.assert_array_equal(loose, influence(small()))
+
+
+def test_prefix_tokens_see_each_other():
+    prefix = jnp.arange(L)[None] < 5
+    cfg = small(attn_config={"alibi": True, "prefix_lm": True})
+    seen = np.asarray(influence(cfg, prefix_mask_BL=prefix))
+    allowed = np.tri(L, dtype=bool) | np.asarray(prefix)
+    assert np.all((seen > 0) == allowed)
+
+
+def test_a_packed_document_is_computed_as_if_alone():
+    cfg = small(attn_config={"alibi": True, "attn_uses_sequence_id": True})
+    params, ids = mpt.init(cfg, jax.random.key(0)), tokens()
+    segments = jnp.asarray([[1] * 7 + [2] * 5] * 2)
+    packed = mpt.apply(cfg, params, ids, segment_ids_BL=segments)
+    alone = mpt.apply(cfg, params, ids[:, 7:])
+    np.testing.assert_allclose(packed[:, 7:], alone, **REORDERED)
+
+
+@pytest.mark.parametrize(
+    ("remat", "scan_layers"),
+    [("attention", True), ("dots", True), ("full", True), ("none", False),
+     ("attention", False)],
+)  # fmt: skip
+def test_remat_and_scan_change_nothing(remat, scan_layers):
+    def loss(params, cfg):
+        return jnp.sum(jnp.square(mpt.apply(cfg, params, tokens())))
+
+    cfg = small()
+    params = mpt.init(cfg, jax.random.key(0))
+    other = dataclasses.replace(cfg, remat=remat, scan_layers=scan_layers)
+    expected, got = (jax.grad(loss)(params, c) for c in (cfg, other))
+    scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a / scale, b / scale, **REORDERED),
+        expected,
+        got,
+    )
+
+
+def test_embedding_fraction_scales_the_lookup_gradient_only():
+    def loss(params, cfg):
+        return jnp.sum(jnp.sin(mpt.hidden_states(cfg, params, tokens())))
+
+    whole, tenth = small(), small(embedding_fraction=0.1)
+    params = mpt.init(whole, jax.random.key(0))
+    a, b = jax.grad(loss)(params, whole), jax.grad(loss)(params, tenth)
+    np.testing.assert_allclose(loss(params, whole), loss(params, tenth), rtol=1e-5)
+    np.testing.assert_allclose(
+        0.1 * a["wte"]["weight"], b["wte"]["weight"], rtol=1e-3, atol=1e-6
+    )
+    np.testing.assert_allclose(
+        a["norm_f"]["weight"], b["norm_f"]["weight"], rtol=1e-3, atol=1e-5
+    )
+
+
+def test_pad_row_starts_at_zero_and_gets_no_lookup_gradient():
+    cfg = small(pad_token_id=3)
+    params = mpt.init(cfg, jax.random.key(0))
+    assert np.all(params["wte"]["weight"][3] == 0)
+    ids = jnp.asarray([[3, 1, 3, 2]])
+    grad = jax.grad(lambda p: jnp.sum(jnp.sin(mpt.hidden_states(cfg, p, ids))))(params)
+    assert np.all(grad["wte"]["weight"][3] == 0)
+    assert np.any(grad["wte"]["weight"][1] != 0)
+
+
+@pytest.mark.parametrize("where", ["emb_pdrop", "resid_pdrop", "attn_pdrop"])
+def test_dropout_needs_a_key(where):
+    rate = {where: 0.2}
+    cfg = small(attn_config={"alibi": True, **rate}) if "attn" in where else small(**rate)
+    params, ids = mpt.init(cfg, jax.random.key(0)), tokens()
+    evaluation = mpt.hidden_states(cfg, params, ids)
+    np.testing.assert_array_equal(evaluation, mpt.hidden_states(small(), params, ids))
+    run = jax.jit(lambda key: mpt.hidden_states(cfg, params, ids, dropout_key=key))
+    one, same, other = (run(jax.random.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, same)
+    for drawn in (evaluation, other):
+        assert float(jnp.abs(one - drawn).mean()) > 0.01
+
+
+def test_dropout_keeps_the_mean():
+    drawn = dropout(jnp.full((100_000,), 3.0), 0.2, jax.random.key(0))
+    assert set(np.unique(drawn)) == {0.0, 3.75}
+    assert abs(float(drawn.mean()) - 3) < 0.02  # 4 standard errors
+
+
+def test_an_out_of_range_id_is_nan_not_another_row():
+    cfg = small()
+    logits = mpt.apply(cfg, mpt.init(cfg, jax.random.key(0)), jnp.asarray([[1, V]]))
+    assert np.isnan(logits[0, 1]).all()
+
+
+def test_learned_positions_end():
+    cfg = small(attn_config={})
+    params = mpt.init(cfg, jax.random.key(0))
+    with pytest.raises(ValueError, match="length 17 is over max_seq_len 16"):
+        mpt.apply(cfg, params, jnp.zeros((1, 17), jnp.int32))
+
+
+def test_alibi_goes_on_past_max_seq_len():
+    cfg = small()
+    params = mpt.init(cfg, jax.random.key(0))
+    assert np.isfinite(mpt.apply(cfg, params, jnp.zeros((1, 40), jnp.int32))).all()
+
+
+def test_compute_dtype_is_kept_and_logits_are_float32():
+    cfg = small(compute_dtype="bfloat16")
+    params = mpt.init(cfg, jax.random.key(0))
+    assert mpt.hidden_states(cfg, params, tokens()).dtype == jnp.bfloat16
+    assert mpt.apply(cfg, params, tokens()).dtype == jnp.float32
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(params))
+
+
+# ------------------------------------------------------------- the frozen parameter tree
+
+
+def describe(cfg: ModelConfig) -> str:
+    """Path, shape, axes, and the std of the initialiser of every parameter."""
+    lines = []
+    for path, spec in jax.tree_util.tree_leaves_with_path(mpt.param_specs(cfg)):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        # A large enough sample of the initialiser, whatever the shape.
+        drawn = spec.initializer(jax.random.key(0), (256, 256), jnp.float32)
+        mean, std = float(drawn.mean()), float(drawn.std())
+        axes = ", ".join(map(str, spec.axes))
+        lines.append(
+            f"{name}  {spec.shape}  ({axes})  {spec.dtype}  mean {mean + 0.0:.2f} "
+            f"std {std:.2e}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize("name", presets.PRESETS)
+def test_parameter_tree_is_the_golden_one(name):
+    """MPT_JAX_WRITE_GOLDEN=1 rewrites the files; review the diff."""
+    import os
+
+    path, got = GOLDEN / f"{name}.txt", describe(presets.model(name))
+    if os.environ.get("MPT_JAX_WRITE_GOLDEN"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(got)
+    assert path.read_text() == got
