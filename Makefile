@@ -55,7 +55,8 @@ $(READY): setup.py constraints.txt
 		echo "No usable Python. mpt_jax needs Python 3.11, 3.12 or 3.13 with venv" >&2; \
 		echo "(Debian, Ubuntu: apt-get install python3-venv). Name another one with" >&2; \
 		echo "  make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
-	@echo "Installing into $(VENV) with $(PYTHON): about 1 GB to download, once ..."
+	@echo "Installing into $(VENV) with $(PYTHON), once: downloads about 1 GB,"
+	@echo "fills 3.5 GB and prints nothing for a few minutes ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		-c constraints.txt ./third_party/editdistance -e '.[dev]'

@@ -31,16 +31,16 @@ INSTALL_REQUIRES = [
     # <0.13: we use orbax.checkpoint.v1, which may still change before 1.0
     "orbax-checkpoint>=0.12.8,<0.13",
     "rich>=13",
-    "safetensors>=0.7,<0.9",  # <0.9: 0.8 is the newest stable release
+    "safetensors>=0.7,<0.9",  # <0.9: 0.9 is a release candidate
     # <0.2.3: 0.2.3 needs protobuf 7 at import, apache-beam allows only protobuf 6,
     # and no resolver sees the conflict: `import seqio` then raises VersionError
     "sentencepiece>=0.2.1,<0.2.3",
     "seqio>=0.0.20,<0.1",  # <0.1: we subclass its vocabulary and feature converter
     "tensorboard>=2.20",
-    "tensorflow-datasets>=4.9.10,<5",  # <5: reads caches in 4's on-disk layout
+    "tensorflow-datasets>=4.9.10,<5",  # <5: 4's layout of folders finds prepared data
     # brings the tensorflow of the same minor release, so tensorflow is not named here
     "tensorflow-text>=2.21.1,<2.22",  # <2.22: op binaries fit one tensorflow minor
-    "tokenizers>=0.22,<0.24",  # <0.24: transformers 5 refuses newer ones
+    "tokenizers>=0.22,<0.24",  # <0.24: as transformers 5 requires
 ]
 
 EXTRAS_REQUIRE = {
@@ -53,11 +53,12 @@ EXTRAS_REQUIRE = {
     # Parity with and export to Hugging Face. Converting checkpoints needs none of it.
     "hf": [
         "huggingface-hub>=1",
-        "torch>=2.6,<2.14",  # <2.14: parity is measured against 2.13
+        # >=2.6 as transformers 5; <2.14: the parity figures are measured on 2.13
+        "torch>=2.6,<2.14",
         "transformers>=5,<6",  # <6: the MPT parity tests are exact for one major
     ],
     # Offline tokenising; without [tfrecord] beam cannot write TFRecord files.
-    "beam": ["apache-beam[tfrecord]>=2.70,<3"],  # <3: seqio uses its 2.x pipelines
+    "beam": ["apache-beam[tfrecord]>=2.70,<3"],  # <3: seqio is written for 2
     "notebooks": ["jupyterlab>=4", "nbclient>=0.10"],
     "dev": [
         "hypothesis>=6.100",
@@ -65,6 +66,7 @@ EXTRAS_REQUIRE = {
         "pytest>=9,<10",  # <10: a warning from a new pytest would fail every test
         "pytest-xdist>=3.6",
         "ruff>=0.17,<0.18",  # <0.18: a minor release may format differently
+        "setuptools>=77",  # the packaging test runs setup.py
     ],
 }
 

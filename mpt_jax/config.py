@@ -262,7 +262,9 @@ class DataConfig:
     )  # fmt: skip
     tokenizer_vocab_size: int = knob(2048, "size of the 'stdlib' tokenizer")
     seq_len: int | None = knob(None, "tokens per row; default model.max_seq_len")
-    shuffle_buffer: int = knob(1024, "documents shuffled in memory per task; 0 is off")
+    shuffle_buffer: int = knob(
+        1024, "rows shuffled in memory per task; 0: neither rows nor documents are"
+    )
     cache_dir: str = knob("", "tokenizer cache; default $XDG_CACHE_HOME/mpt_jax")
 
 

@@ -8,6 +8,7 @@ for ``--traceback``.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -88,17 +89,23 @@ def run_verb(main: Callable[[], int | None], *, show_traceback: bool) -> int:
     try:
         return main() or EXIT_OK
     except MptError as error:
-        if show_traceback:
-            traceback.print_exc()
-        print(f"{error.kind}: {error}", file=sys.stderr, flush=True)
+        _report(f"{error.kind}: {error}", stack=show_traceback)
         return error.exit_code
+    except SystemExit as stop:  # argparse: --help, or a mistake that it has printed
+        return stop.code if isinstance(stop.code, int) else EXIT_USER
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
+        _report("interrupted", stack=False)
         return 130
     except Exception as error:
-        if show_traceback:
-            traceback.print_exc()
         hint = "" if show_traceback else " (run again with --traceback for the stack)"
-        name = type(error).__name__
-        print(f"internal error: {name}: {error}{hint}", file=sys.stderr, flush=True)
+        text = f"internal error: {type(error).__name__}: {error}{hint}"
+        _report(text, stack=show_traceback)
         return EXIT_INTERNAL
+
+
+def _report(text: str, *, stack: bool) -> None:
+    """To stderr; a closed one must not change the exit code."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        if stack:
+            traceback.print_exc()
+        print(text, file=sys.stderr, flush=True)

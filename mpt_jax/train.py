@@ -40,13 +40,9 @@ def main(argv: Sequence[str]) -> int:
         "tokens, compile the step, and stop")  # fmt: skip
     add("--supervise", action="store_true", help="restart the trainer when it fails")
     add("--traceback", action="store_true", help="show the stack of an error")
-    show_traceback = "--traceback" in argv
-    try:
-        flags, overrides = cli.parse_args(parser, argv)
-    except SystemExit as stop:
-        return int(stop.code or 0)
 
     def run() -> int:
+        flags, overrides = cli.parse_args(parser, argv)
         config = cli.load_config(flags.config, overrides)
         stem = pathlib.Path(flags.config.partition(":")[0]).stem
         workdir = pathlib.Path(flags.workdir or f"runs/{stem}").absolute()
@@ -69,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
             print(f"step {outcome.step}{shown}: {workdir}", flush=True)
         return EXIT_OK
 
-    return run_verb(run, show_traceback=show_traceback)
+    return run_verb(run, show_traceback="--traceback" in argv)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +130,7 @@ class Run:
         )
         self.program = make_program(config, current_mesh(), objective=objective)
         self.detector = SpikeDetector(config.stability)
-        self.warm, self.rollbacks, self.bad_since = False, 0, 0
+        self.warm, self.rollbacks = False, 0
         self.validation: list[dict[str, Any]] = []
         self.validation_loss: float | None = None
         self.stored = self.checkpoints.latest_valid()
@@ -247,7 +243,9 @@ class Run:
         while not (self.finished or self.stop.signal):
             with self.meter.data_wait():
                 batch = self._device_batch(next(self.source))
-            self.state, metrics = self.program.step(self.state, batch)
+            compiling = contextlib.nullcontext() if self.warm else self.watchdog.pause()
+            with compiling:
+                self.state, metrics = self.program.step(self.state, batch)
             self.step += 1
             settled, pending = pending, (self.step, metrics)
             save = self.checkpoints.due(self.step, now=time.monotonic())
@@ -299,14 +297,12 @@ class Run:
         from mpt_jax.training.stability import Verdict
 
         c = self.config.stability
-        spike = verdict is Verdict.SPIKE
-        policy = c.spike if spike else c.nonfinite
+        policy = c.spike if verdict is Verdict.SPIKE else c.nonfinite
         if policy == "ignore":
             self.progress.message(f"loss spike, ignored: {self.detector.reason}")
             return True
         if policy != "rollback":
             raise DivergedError(self.detector.reason)
-        self.bad_since = step - (c.spike_patience if spike else c.max_skips)
         return False
 
     def _roll_back(self) -> None:
@@ -315,13 +311,14 @@ class Run:
         The data position stays: the batches since that checkpoint are skipped, as if
         they had never been in the stream.
         """
-        reason, limit = self.detector.reason, self.config.stability.max_rollbacks
+        reason, since = self.detector.reason, self.detector.bad_since
+        limit = self.config.stability.max_rollbacks
         if self.rollbacks >= limit:
             raise DivergedError(f"{reason}; {limit} rollbacks did not help")
-        stored = self.checkpoints.latest_valid(before=self.bad_since)
+        stored = self.checkpoints.latest_valid(before=since)
         if stored is None:
             raise DivergedError(
-                f"{reason}; no checkpoint from before step {self.bad_since} to go back to"
+                f"{reason}; there is no checkpoint from before step {since} to go back to"
             )
         seen = self.step
         self._restore(stored, rewind_data=False)

@@ -103,7 +103,7 @@ def check(c: TrainConfig) -> list[str]:
                       ("optim.weight_decay", 0), ("optim.schedule.warmup_steps", 0),
                       ("optim.schedule.warmup_tokens", 0), ("optim.schedule.alpha_f", 0),
                       ("loss.z_loss", 0), ("loss.chunk_tokens", 1), ("data.seq_len", 2),
-                      ("data.shuffle_buffer", 0), ("data.tokenizer_vocab_size", 300),
+                      ("data.shuffle_buffer", 0), ("data.tokenizer_vocab_size", 400),
                       ("checkpoint.every_steps", 1), ("checkpoint.keep", 1),
                       ("eval.every_steps", 1), ("eval.batches", 1),
                       ("log.every_steps", 1), ("stability.max_skips", 0),
@@ -114,6 +114,10 @@ def check(c: TrainConfig) -> list[str]:
                       ):  # fmt: skip
         value = functools.reduce(getattr, path.split("."), c)
         need(value is None or value >= low, f"{path}: must be >= {low}, got {value}")
+    need(
+        c.sample.max_tokens == 0 or c.data.source != "synthetic",
+        "sample.max_tokens: synthetic tokens have no text to sample; set it to 0",
+    )
     every = c.checkpoint.every_minutes
     need(every is None or every > 0, "checkpoint.every_minutes: must be > 0")
     need(c.optim.clip_norm is None or c.optim.clip_norm > 0,

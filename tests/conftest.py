@@ -10,7 +10,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # silences its notice, too
 
-import jax  # noqa: E402
+import jax
 
 # For this process only: a program that a test starts sees the plain machine. Importing
 # jax starts no backend, so that these still count.

@@ -6,7 +6,7 @@ import pathlib
 import pytest
 
 from mpt_jax import cli, presets
-from mpt_jax.config import flatten, parse, TrainConfig
+from mpt_jax.config import TrainConfig, flatten, parse
 from mpt_jax.models import mpt
 
 ROOT = pathlib.Path(__file__).parents[1]

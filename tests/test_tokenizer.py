@@ -1,6 +1,8 @@
 import hashlib
+import io
 
 import pytest
+import sentencepiece as spm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -59,6 +61,11 @@ def test_decode_skips_eos_and_marks_half_a_character(any_tokenizer):
     assert tokenizer.ByteTokenizer().decode(half) == "\ufffd"
 
 
+def test_newline_and_tab_are_pieces_and_indentation_is_one(sentencepiece):
+    assert sentencepiece.encode("\n\t") == [2, 3]  # after EOS and unk
+    assert len(sentencepiece.encode("    ")) == 1
+
+
 def test_lone_surrogate_is_refused(any_tokenizer):
     with pytest.raises(DataError, match="character 2 is a lone surrogate"):
         any_tokenizer.encode("ab\ud800")
@@ -86,12 +93,8 @@ def test_load_refuses_a_missing_or_corrupt_file(tmp_path, model, content):
 
 
 def test_load_refuses_a_model_without_eos(tmp_path):
-    import io
-
-    import sentencepiece
-
     out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
+    spm.SentencePieceTrainer.train(
         sentence_iterator=iter([SOURCE]), model_writer=out, vocab_size=60, eos_id=-1,
         model_type="char", hard_vocab_limit=False, minloglevel=2,
     )  # fmt: skip

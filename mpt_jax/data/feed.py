@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 
 from mpt_jax.config import TrainConfig
 from mpt_jax.data import packing, position, tasks, vocab
+from mpt_jax.data.notes import note
 from mpt_jax.data.packing import Batch
 from mpt_jax.data.synthetic import SyntheticSource
 from mpt_jax.errors import CheckpointError, ConfigError, DataError
@@ -76,16 +76,11 @@ def open_source(
       DataError: a tokenizer with more ids than the model, or no data.
     """
     host = _host(process_index, process_count)
-    found = [] if config.data.source == "synthetic" else tasks.problems(config.data)
-    if config.global_batch_size % host[1]:
-        found.append(
-            f"global_batch_size: {config.global_batch_size} does not divide over "
-            f"{host[1]} processes"
-        )
-    if found:
-        raise ConfigError(found)
+    rows = _host_rows(config, host)
     if config.data.source == "synthetic":
-        return SyntheticSource(config, split=split, rows=_host_rows(config, host))
+        return SyntheticSource(config, split=split, rows=rows)
+    if problems := tasks.problems(config.data):
+        raise ConfigError(problems)
     if tokenizer is None:
         raise ValueError("tokenizer: a SeqIO source needs one, got None")
     if tokenizer.vocab_size > config.model.vocab_size:
@@ -127,10 +122,7 @@ def validation_batches(
             location=f"validation split of {', '.join(config.data.tasks)}",
         )
     if len(batches) < n:
-        print(
-            f"validation: {len(batches)} batches instead of {n}: the split ends there",
-            file=sys.stderr,
-        )
+        note(f"validation: {len(batches)} batches instead of {n}: the split ends there")
     return batches
 
 
@@ -211,9 +203,15 @@ class SeqioSource:
     def state(self) -> bytes:
         from mpt_jax.data.seqio_adapters import tf
 
-        with tempfile.TemporaryDirectory() as directory:
-            tf.train.Checkpoint(iterator=self._open()).write(f"{directory}/position")
-            files = {f.name: f.read_bytes() for f in sorted(Path(directory).iterdir())}
+        checkpoint = tf.train.Checkpoint(iterator=self._open())
+        try:
+            with tempfile.TemporaryDirectory() as directory:
+                checkpoint.write(f"{directory}/position")
+                written = sorted(Path(directory).iterdir())
+                files = {file.name: file.read_bytes() for file in written}
+        except (tf.errors.OpError, OSError) as error:
+            message = f"the data position cannot be saved: {error}"
+            raise CheckpointError(message, location=tempfile.gettempdir()) from error
         return position.pack(self._header, files)
 
     def restore(self, state: bytes) -> None:
@@ -270,5 +268,11 @@ def _host(index: int | None, count: int | None) -> tuple[int, int]:
 
 def _host_rows(config: TrainConfig, host: tuple[int, int]) -> range:
     """The rows of each global batch that are this host's."""
-    rows = config.global_batch_size // host[1]
-    return range(host[0] * rows, (host[0] + 1) * rows)
+    index, count = host
+    rows, rest = divmod(config.global_batch_size, count)
+    if rest:
+        raise ConfigError(
+            [f"global_batch_size: {rows * count + rest} does not divide over {count} "
+             "processes"]
+        )  # fmt: skip
+    return range(index * rows, (index + 1) * rows)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +18,10 @@ from mpt_jax.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer
 def quiet() -> Iterator[None]:
     """Drops warnings, and what C++ writes to stderr unless the block raises.
 
-    TensorFlow's notices about CUDA come before it reads any log level; on Python 3.13
-    AutoGraph, which traces every dataset function, calls deprecated parts of ast.
+    Around the import: TensorFlow speaks of CUDA before it reads any log level. Around
+    the making of a dataset: its SentencePiece speaks of normalisation, and AutoGraph
+    uses what Python 3.13 deprecates.
     """
-    sys.stderr.flush()
     real = os.dup(2)
     with tempfile.TemporaryFile() as noise:
         os.dup2(noise.fileno(), 2)
@@ -103,8 +102,7 @@ class Vocabulary(seqio.Vocabulary):
         super().__init__()
         self._tokenizer = tokenizer
         if isinstance(tokenizer, SentencePieceTokenizer):
-            with quiet():
-                self._ops = tf_text.SentencepieceTokenizer(model=tokenizer.model)
+            self._ops = tf_text.SentencepieceTokenizer(model=tokenizer.model)
         elif isinstance(tokenizer, ByteTokenizer):
             self._ops = None
         else:

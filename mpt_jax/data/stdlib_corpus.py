@@ -14,13 +14,13 @@ import hashlib
 import importlib
 import os
 import platform
-import sys
 import sysconfig
 import tokenize
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from mpt_jax.data.notes import note
 from mpt_jax.errors import DataError
 
 SPLITS = ("train", "validation")
@@ -55,10 +55,9 @@ def code(root: str = "") -> Mapping[str, str]:
         if text.strip():
             documents[path.relative_to(base).as_posix()] = text
     if unreadable:
-        print(
+        note(
             f"stdlib corpus: skipped {len(unreadable)} unreadable files, the first is "
-            f"{unreadable[0]}",
-            file=sys.stderr,
+            f"{unreadable[0]}"
         )
     if len(documents) < MIN_FILES:
         version = ".".join(platform.python_version_tuple()[:2])

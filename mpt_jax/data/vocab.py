@@ -13,6 +13,7 @@ from pathlib import Path
 from mpt_jax import tokenizer
 from mpt_jax.config import DataConfig
 from mpt_jax.data import stdlib_corpus
+from mpt_jax.data.notes import note
 from mpt_jax.errors import DataError
 
 # Anything that changes the trained model below must change this number: it names the
@@ -33,7 +34,7 @@ def load_tokenizer(config: DataConfig) -> tokenizer.Tokenizer:
         return tokenizer.load(config.tokenizer)
     path = _cached_model(config)
     if not path.exists():
-        print("training tokenizer (once)...", file=sys.stderr, flush=True)
+        note("training tokenizer (once)...")
         model = train(
             stdlib_corpus.code().values(), vocab_size=config.tokenizer_vocab_size
         )

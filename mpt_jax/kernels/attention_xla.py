@@ -110,9 +110,7 @@ def attention_blocked(
     B, L, H, _ = q_BLHD.shape
     S = k_BSKD.shape[1]
     largest = _largest_block(B * H)
-    plan = _Plan(
-        rule, L, S, _even(L, block_q or largest), _even(S, block_k or largest)
-    )
+    plan = _Plan(rule, L, S, _even(L, block_q or largest), _even(S, block_k or largest))
     return _flash(plan, q_BLHD, k_BSKD, v_BSKD, operands)
 
 
@@ -164,8 +162,8 @@ def _logits(
     if rule.causal:
         past = column <= row
         if x.prefix_mask_BS is not None:
-            prefix = _cut(x.prefix_mask_BS, j, plan.block_k) != 0
-            past |= _place(prefix, "BT", dims)
+            prefix_BT = _cut(x.prefix_mask_BS, j, plan.block_k)
+            past |= _place(prefix_BT, "BT", dims)
         visible.append(past)
     if rule.window is not None:
         visible.append(distance <= rule.window)
@@ -230,7 +228,7 @@ def _flash(
         out_BLKGD, lse_BLKG1 = outputs
         return _put_rows(plan, out_BLKGD, i, out), _put_rows(plan, lse_BLKG1, i, lse)
 
-    outputs = jnp.zeros_like(q_BLKGD), jnp.zeros(q_BLKGD.shape[:4] + (1,), acc_dtype)
+    outputs = jnp.zeros_like(q_BLKGD), jnp.zeros((*q_BLKGD.shape[:4], 1), acc_dtype)
     out, lse = _loop(0, plan.row_blocks, plan.row_blocks, row_block, outputs)
     return out[:, :L].reshape(B, L, H, D), lse[:, :L].reshape(B, L, H)
 
@@ -244,7 +242,7 @@ def _flash_forward(plan, q_BLHD, k_BSKD, v_BSKD, x):
 def _flash_backward(plan, residuals, cotangents):
     """dq, dk, dv in one pass over the blocks; logits transposed (T before Q).
 
-    ds = p * (dp - delta) with dp = do . v and delta = do . out - dlse, since dlse/ds = p.
+    ds = p * (dp - delta), dp = do . v, delta = do . out - dlse, since dlse/ds = p.
     Transposed, two of the three products that contract p or ds need no transposition.
     """
     q_BLHD, k_BSKD, v_BSKD, x, out_BLHD, lse_BLH = residuals
@@ -258,9 +256,7 @@ def _flash_backward(plan, residuals, cotangents):
     lse_BLH = jnp.where(empty, jnp.inf, lse_BLH)
     delta_BLH = jnp.where(empty, 0, delta_BLH)
 
-    q, dout = (
-        _pad_rows(plan, a.reshape(B, L, K, G, D)) for a in (q_BLHD, dout_BLHD)
-    )
+    q, dout = (_pad_rows(plan, a.reshape(B, L, K, G, D)) for a in (q_BLHD, dout_BLHD))
     lse, delta = (
         _pad_rows(plan, a.reshape(B, L, K, G, 1), value)
         for a, value in ((lse_BLH, jnp.inf), (delta_BLH, 0))
@@ -325,7 +321,7 @@ def _over_columns(
         visible_end = last_row
         if x.prefix_mask_BS is not None:
             columns = jnp.arange(x.prefix_mask_BS.shape[1], dtype=jnp.int32)
-            last_prefix = jnp.where((x.prefix_mask_BS != 0).any(0), columns, -1).max()
+            last_prefix = jnp.where(x.prefix_mask_BS.any(0), columns, -1).max()
             visible_end = jnp.maximum(visible_end, last_prefix)
         highest = jnp.minimum(highest, visible_end)
 
@@ -333,8 +329,8 @@ def _over_columns(
         if not rule.causal or x.prefix_mask_BS is None:
             return column_block(j, carry)
         # Above the diagonal only a prefix token can be seen.
-        prefix = _cut(x.prefix_mask_BS, j, width) != 0
-        seen = (j * width <= last_row) | prefix.any()
+        prefix_BT = _cut(x.prefix_mask_BS, j, width)
+        seen = (j * width <= last_row) | prefix_BT.any()
         return lax.cond(seen, column_block, lambda j, carry: carry, j, carry)
 
     low, high = jnp.maximum(lowest, 0) // width, (highest + width) // width

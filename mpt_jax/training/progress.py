@@ -93,7 +93,7 @@ SHOWN: tuple[tuple[str, Callable[[float], str]], ...] = (
 def describe(metrics: Mapping[str, float]) -> str:
     """The metrics worth a glance, those that are there.
 
-    >>> describe({"loss": 3.21451, "mfu": 0.4123, "eta_seconds": 192, "lr": 1e-3})
+    >>> describe({"loss": 3.21451, "mfu": 0.4123, "eta_seconds": 192, "z": 1.0})
     'loss 3.2145  mfu 41.2%  eta 0:03:12'
     """
     return "  ".join(show(metrics[name]) for name, show in SHOWN if name in metrics)

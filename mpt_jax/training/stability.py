@@ -40,6 +40,7 @@ class SpikeDetector:
         self._losses: deque[float] = deque(maxlen=config.spike_window)
         self._outliers = self._skips = 0
         self.reason = ""  # of the last verdict that was not OK, for the user
+        self.bad_since = 0  # first step of the row of bad ones that it ended
 
     def observe(self, step: int, loss: float, finite: bool) -> Verdict:
         """Judges ``step``; every step once, in order, also those that were skipped.
@@ -56,6 +57,8 @@ class SpikeDetector:
             self._losses.append(loss)
             return Verdict.OK
         self._outliers += 1
+        if self._outliers == 1:
+            self.bad_since = step
         if self._outliers <= c.spike_patience:
             return Verdict.OK
         self.reason = (
@@ -68,6 +71,8 @@ class SpikeDetector:
 
     def _observe_nonfinite(self, step: int, loss: float) -> Verdict:
         self._skips += 1
+        if self._skips == 1:
+            self.bad_since = step
         what = "gradient" if math.isfinite(loss) else "loss"
         self.reason = (
             f"step {step}: {what} is not finite, {self._skips} in a row "
@@ -82,9 +87,11 @@ class SpikeDetector:
             "losses": list(self._losses),
             "outliers": self._outliers,
             "skips": self._skips,
+            "bad_since": self.bad_since,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from ``state``; a changed spike_window keeps the newest losses."""
         self._losses = deque(state["losses"], maxlen=self._config.spike_window)
         self._outliers, self._skips = state["outliers"], state["skips"]
+        self.bad_since = state["bad_since"]

@@ -197,7 +197,10 @@ def _gradients(
         carry = jax.tree.map(jnp.add, carry, (grads, sums))  # in float32
         return (constrain(carry[0]), carry[1]), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params), LossSums(*[jnp.zeros(())] * 4)
+    zeros = (
+        jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params),
+        LossSums(*[jnp.zeros(())] * 4),
+    )
     keys = jax.random.split(key, parts)
     (grads, sums), _ = jax.lax.scan(add, zeros, (jax.tree.map(split, batch), keys))
     return grads, sums
@@ -229,8 +232,8 @@ def _update(
         "finite": finite,
         "learning_rate": schedule(state.step - state.skipped),
         "grad_norm": grad_norm,
-        "param_norm": optax.global_norm(state.params),
-        "update_norm": optax.global_norm(updates),
+        "param_norm": optax.tree.norm(state.params),
+        "update_norm": optax.tree.norm(updates),
     }
     new = TrainState(
         state.step + 1,

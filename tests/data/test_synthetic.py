@@ -48,6 +48,13 @@ def test_seeds_splits_and_batches_differ():
     assert len(np.unique(rows, axis=0)) == 3 * 2 * 4
 
 
+def test_rows_are_streams_of_their_own():
+    """Neighbouring Philox counters, used carelessly, give shifted copies."""
+    rows = take(open_source(), 2).reshape(-1, 64)
+    for shift in range(1, 9):
+        assert (rows[1:, :-shift] == rows[:-1, shift:]).mean() < 0.2
+
+
 def test_a_model_can_learn_it():
     tokens = take(open_source(), 50)
     follows = (tokens[..., 1:] - tokens[..., :-1]) % 97 == 1
@@ -114,7 +121,9 @@ def test_hosts_that_cannot_share_a_batch_are_a_config_error():
 def test_ids_outside_the_vocabulary_are_refused():
     tokens = np.arange(12).reshape(3, 4)
     feed.check_ids(tokens, vocab_size=12, location="here")
-    with pytest.raises(DataError, match="here: row 2 has id 11 at token 3; .* 0 to 10"):
+    with pytest.raises(
+        DataError, match=r"here: row 2 has id 11 at token 3; .* 0 to 10"
+    ):
         feed.check_ids(tokens, vocab_size=11, location="here")
     with pytest.raises(DataError, match="row 1 has id -1 at token 0"):
         feed.check_ids(np.array([[5], [-1]]), vocab_size=11, location="")

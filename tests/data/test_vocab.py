@@ -36,7 +36,7 @@ def test_trains_once_then_reads_the_cache(tmp_path, small_corpus, capsys, monkey
     assert capsys.readouterr().err == ""
 
 
-def test_another_corpus_size_or_recipe_is_another_model(tmp_path, small_corpus, monkeypatch):  # fmt: skip
+def test_each_corpus_size_and_recipe_has_its_model(tmp_path, small_corpus, monkeypatch):
     paths = {vocab._cached_model(config(tmp_path))}
     paths.add(vocab._cached_model(config(tmp_path, tokenizer_vocab_size=321)))
     monkeypatch.setattr(vocab, "RECIPE", vocab.RECIPE + 1)

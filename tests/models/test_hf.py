@@ -27,6 +27,8 @@ from tests.golden import make_hf_golden as hf
 HF_RTOL = 1e-5
 # HF in float64 still casts to float32 around the softmax: 6e-8 each, over three layers.
 GOLDEN_RTOL = 1e-6
+# Each program runs once: LLVM's optimisations are over half of its compile time.
+COMPILER = {"xla_backend_optimization_level": 0}
 
 
 def load(name: str) -> dict[str, np.ndarray]:
@@ -75,9 +77,8 @@ def evaluate(
     cfg: ModelConfig, params: dict[str, Any], tokens: np.ndarray, loss: Any
 ) -> dict[str, Any]:
     """What hf.evaluate returns, of our model."""
-    run = jax.jit(
-        jax.value_and_grad(lambda p: loss(cfg, p, jnp.asarray(tokens)), has_aux=True)
-    )
+    loss = functools.partial(loss, cfg, tokens=jnp.asarray(tokens))
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True), compiler_options=COMPILER)
     (value, logits), grads = run(params)
     return {"loss": value, "logits": logits, "grads": grads}
 
@@ -193,7 +194,7 @@ def test_padded_row_equals_live_hf(torch):
     tokens, expected = live(fields, seed=20, attention_mask=torch.from_numpy(real))
     attn_config = {"alibi": True, "attn_uses_sequence_id": True}
     cfg = make_config(fields | {"attn_config": attn_config}, attention="xla")
-    run = jax.jit(functools.partial(mpt.apply, cfg))
+    run = jax.jit(functools.partial(mpt.apply, cfg), compiler_options=COMPILER)
     logits = run(expected["params"], tokens, segment_ids_BL=real)
     seen = real != 0
     check(np.asarray(logits)[seen], expected["logits"][seen], "logits of real tokens")

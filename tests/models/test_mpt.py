@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpt_jax import presets
+from mpt_jax import partitioning, presets
 from mpt_jax.config import ModelConfig, parse
 from mpt_jax.models import mpt
 from mpt_jax.models.layers import dropout
@@ -148,7 +148,9 @@ def test_pad_row_starts_at_zero_and_gets_no_lookup_gradient():
 @pytest.mark.parametrize("where", ["emb_pdrop", "resid_pdrop", "attn_pdrop"])
 def test_dropout_needs_a_key(where):
     rate = {where: 0.2}
-    cfg = small(attn_config={"alibi": True, **rate}) if "attn" in where else small(**rate)
+    cfg = (
+        small(attn_config={"alibi": True, **rate}) if "attn" in where else small(**rate)
+    )
     params, ids = mpt.init(cfg, jax.random.key(0)), tokens()
     evaluation = mpt.hidden_states(cfg, params, ids)
     np.testing.assert_array_equal(evaluation, mpt.hidden_states(small(), params, ids))
@@ -196,7 +198,7 @@ def test_compute_dtype_is_kept_and_logits_are_float32():
 
 
 def describe(cfg: ModelConfig) -> str:
-    """Path, shape, axes, and the std of the initialiser of every parameter."""
+    """Path, shape, logical and mesh axes, and initial scale of every parameter."""
     lines = []
     for path, spec in jax.tree_util.tree_leaves_with_path(mpt.param_specs(cfg)):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
@@ -204,9 +206,10 @@ def describe(cfg: ModelConfig) -> str:
         drawn = spec.initializer(jax.random.key(0), (256, 256), jnp.float32)
         mean, std = float(drawn.mean()), float(drawn.std())
         axes = ", ".join(map(str, spec.axes))
+        mesh_axes = ", ".join(map(str, partitioning.spec(spec.axes)))
         lines.append(
-            f"{name}  {spec.shape}  ({axes})  {spec.dtype}  mean {mean + 0.0:.2f} "
-            f"std {std:.2e}"
+            f"{name}  {spec.shape}  ({axes}) -> ({mesh_axes})  {spec.dtype}  "
+            f"mean {abs(mean):.1f} std {std:.2e}"
         )
     return "\n".join(lines) + "\n"
 

@@ -8,7 +8,7 @@ from mpt_jax.training import progress
 
 METRICS = {
     "loss": 3.21451,
-    "lr": 1e-3,
+    "learning_rate": 1e-3,
     "tokens_per_second": 12345.3,
     "mfu": 0.4123,
     "data_wait_share": 0.013,

@@ -1,8 +1,8 @@
 """Levenshtein distance: stands in for the compiled package of the same name.
 
-seqio requires editdistance, which has no wheel for Python 3.13, so that installing it
-needs a C++ compiler and Python's headers. seqio calls one function of it, to say "did you
-mean" about a misspelt task name, and this is that function. `make` installs it.
+seqio requires editdistance, which has no wheel for Python 3.13: installing it there
+takes a C++ compiler and Python's headers. seqio calls one function of it, to suggest a
+name for a misspelt task. This is that function, and `make` installs it instead.
 """
 
 from collections.abc import Hashable, Sequence

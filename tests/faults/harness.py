@@ -1,0 +1,314 @@
+"""Real trainers as child processes: started, broken, restarted and compared.
+
+What a fault must not change is the curve: the loss of every step and the validation
+loss at the end, as hex floats, so that equal means equal in every bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mpt_jax.training.writers import Record, read_metrics
+
+HERE = pathlib.Path(__file__).parent
+ROOT = HERE.parents[1]
+TRAIN = ("-m", "mpt_jax.train")
+SPOILED = (str(HERE / "spoiled.py"),)
+TIMEOUT = 300.0  # seconds: only a broken trainer is waited for so long
+POLL = 0.002  # seconds: a tenth of the shortest thing that is waited for
+
+
+def patience() -> float:
+    """How much longer than on a quiet machine something may take, by the clock.
+
+    A trainer wants two cores, hence 1 up to a load of one process a core.
+    """
+    return max(1.0, 2 * os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
+class Trainer:
+    """A running trainer; its output goes to ``log``."""
+
+    def __init__(self, command: list[str], workdir: pathlib.Path, **streams: Any):
+        self.workdir, self.log = workdir, workdir.with_name(f"{workdir.name}.log")
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "JAX_PLATFORMS": "cpu",
+            "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        with open(self.log, "ab") as log:
+            self._start = log.tell()
+            self.process = subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                **{"stdout": log, "stderr": log, **streams},
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def output(self) -> str:
+        """What this trainer said, and not those before it in the same directory."""
+        return self.log.read_bytes()[self._start :].decode(errors="replace")
+
+    def until(self, condition: Callable[[], Any], what: str) -> None:
+        """Returns once ``condition()`` holds; the trainer must live until then."""
+        end = time.monotonic() + TIMEOUT
+        while not condition():
+            if self.process.poll() is not None:
+                raise AssertionError(
+                    f"exit {self.process.returncode} before {what}:\n{self.output()}"
+                )
+            if time.monotonic() > end:
+                raise AssertionError(f"{TIMEOUT:g} s without {what}:\n{self.output()}")
+            time.sleep(POLL)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL; returns when the process is gone."""
+        self.process.kill()
+        self.process.wait()
+
+    def finish(self, code: int = 0) -> str:
+        """Waits for the end, which must be exit ``code``; returns the output."""
+        try:
+            found = self.process.wait(TIMEOUT)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"{TIMEOUT:g} s later:\n{self.output()}") from None
+        assert found == code, f"exit {found}, expected {code}:\n{self.output()}"
+        return self.output()
+
+
+class Lab:
+    """Directories, one compilation cache and shared reference runs below ``root``."""
+
+    def __init__(self, root: pathlib.Path):
+        self.root = root
+        self._trainers: list[Trainer] = []
+        self._locks: dict[str, threading.Lock] = {}
+        self._guard = threading.Lock()
+
+    def start(
+        self,
+        name: str | pathlib.Path,
+        kind: str,
+        *flags: str,
+        program: tuple[str, ...] = TRAIN,
+        prefix: tuple[str, ...] = (),
+        **streams: Any,
+    ) -> Trainer:
+        """A trainer of config ``kind`` in the directory ``name``.
+
+        Args:
+          flags: of the command line; "steps=9" stands for "--config.steps=9".
+          prefix: a command that runs the trainer, such as a shell with a ulimit.
+          streams: stdout, stderr, as subprocess has them.
+        """
+        workdir = self.root / name
+        overrides = [f if f.startswith("--") else f"--config.{f}" for f in flags]
+        command = [
+            *prefix,
+            sys.executable,
+            *program,
+            f"--config={HERE / 'config.py'}:{kind}",
+            f"--workdir={workdir}",
+            f"--config.compilation_cache={self.root / 'compiled'}",
+            f"--config.data.cache_dir={self.root / 'tokenizer'}",
+            *overrides,
+        ]
+        trainer = Trainer(command, workdir, **streams)
+        self._trainers.append(trainer)
+        return trainer
+
+    def run(self, name: str, kind: str, *flags: str, code: int = 0, **more: Any) -> str:
+        """start() and finish()."""
+        return self.start(name, kind, *flags, **more).finish(code)
+
+    def reference(
+        self, kind: str, *flags: str, program: tuple[str, ...] = TRAIN
+    ) -> pathlib.Path:
+        """The directory of an unbroken run; the first who asks makes it."""
+        name = "-".join(["reference", kind, *flags]).replace("--", "")
+        with self._guard:
+            lock = self._locks.setdefault(name, threading.Lock())
+        with lock:
+            workdir = self.root / name
+            if not (workdir / "done").exists():
+                self.run(name, kind, *flags, program=program)
+                (workdir / "done").touch()
+            return workdir
+
+    def copy(self, reference: pathlib.Path, name: str) -> pathlib.Path:
+        return pathlib.Path(shutil.copytree(reference, self.root / name))
+
+    def close(self) -> None:
+        for trainer in self._trainers:
+            if trainer.process.poll() is None:
+                trainer.signal(signal.SIGCONT)
+                trainer.kill()
+        shutil.rmtree(self.root)
+
+
+# ------------------------------------------------------------------ what a run leaves
+
+
+def records(workdir: pathlib.Path) -> list[Record]:
+    """Of metrics.jsonl; none while there is no such file."""
+    with contextlib.suppress(FileNotFoundError):
+        return list(read_metrics(workdir / "metrics.jsonl"))
+    return []
+
+
+def last_step(workdir: pathlib.Path) -> int:
+    return max((record["step"] for record in records(workdir)), default=0)
+
+
+def curve(workdir: pathlib.Path) -> dict[str, str]:
+    """The loss of each step, in order, and the validation loss, as hex floats."""
+    found = records(workdir)
+    losses = [(r["step"], r["loss"].hex()) for r in found if "loss" in r]
+    steps = [step for step, _ in losses]
+    assert steps == list(range(1, len(steps) + 1)), f"lost or repeated steps: {steps}"
+    [validation] = [r["validation_loss"].hex() for r in found if "validation_loss" in r]
+    return {**{f"step {step}": loss for step, loss in losses}, "end": validation}
+
+
+def equal_curves(workdir: pathlib.Path, reference: pathlib.Path) -> str:
+    """Asserts that they are, in every bit; returns how many losses that are."""
+    found, expected = curve(workdir), curve(reference)
+    assert found == expected
+    return f"{len(expected)} of {len(expected)}"
+
+
+def checkpoints(workdir: pathlib.Path) -> pathlib.Path:
+    return workdir / "checkpoints"
+
+
+def unfinished(workdir: pathlib.Path) -> list[pathlib.Path]:
+    """The saves under way, or left over; [] between two."""
+    with contextlib.suppress(FileNotFoundError):
+        found = [p for p in checkpoints(workdir).iterdir() if ".saving-" in p.name]
+        return [path for path in found if "probe" not in path.name]
+    return []
+
+
+def steps(workdir: pathlib.Path) -> list[int]:
+    """Finished checkpoints, ascending."""
+    with contextlib.suppress(FileNotFoundError):
+        names = [path.name for path in checkpoints(workdir).iterdir()]
+        return sorted(int(name) for name in names if name.isdecimal())
+    return []
+
+
+def checkpoint(workdir: pathlib.Path, step: int) -> pathlib.Path:
+    return checkpoints(workdir) / f"{step:08d}"
+
+
+def arrays(step: pathlib.Path) -> dict[str, Any]:
+    """Every array of a checkpoint that is intact, by its path ("params.wte.weight")."""
+    import jax
+    import numpy as np
+
+    from mpt_jax.training.stored import open_checkpoint
+
+    stored = open_checkpoint(step)
+    tree: dict[str, Any] = {}
+    for path, text in stored.arrays.items():
+        dtype, _, shape = text.rstrip("]").partition("[")
+        *parents, leaf = path.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        sizes = tuple(int(size) for size in shape.split(",") if size)
+        node[leaf] = jax.ShapeDtypeStruct(sizes, np.dtype(dtype))
+    restored = stored.restore(tree["params"], tree["opt_state"])
+    leaves = jax.tree_util.tree_leaves_with_path(
+        {"params": restored.params, "opt_state": restored.opt_state}
+    )
+    name = jax.tree_util.keystr
+    return {name(k, simple=True, separator="."): np.asarray(v) for k, v in leaves}
+
+
+def files(directory: pathlib.Path) -> dict[str, bytes]:
+    """Content of every file below, to see whether anything changed."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def weights_file(step: pathlib.Path) -> pathlib.Path:
+    """The file that holds the parameters of a checkpoint."""
+    found = [path for path in (step / "params").rglob("*") if path.is_file()]
+    return max(found, key=lambda path: path.stat().st_size)
+
+
+# -------------------------------------------------------------------------- the faults
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """inject: breaks trainers in a Lab; returns what it measured, or raises."""
+
+    id: str
+    text: str
+    inject: Callable[[Lab], dict[str, Any]]
+    slow: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    fault: Fault
+    seconds: float
+    detail: dict[str, Any]
+    error: BaseException | None = None
+
+    def line(self) -> dict[str, Any]:
+        """What is printed, as one line of JSON."""
+        return {
+            "id": self.fault.id,
+            "fault": self.fault.text,
+            "passed": self.error is None,
+            "seconds": round(self.seconds, 1),
+            "detail": self.detail,
+        }
+
+
+def inject(fault: Fault, lab: Lab) -> Result:
+    began = time.monotonic()
+    detail, error = {}, None
+    try:
+        detail = fault.inject(lab)
+    except BaseException as caught:
+        error = caught
+    return Result(fault, time.monotonic() - began, detail, error)
+
+
+@contextlib.contextmanager
+def frozen(trainer: Trainer) -> Iterator[None]:
+    """Stopped inside: alive, but it does nothing."""
+    trainer.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        trainer.signal(signal.SIGCONT)

@@ -1,0 +1,173 @@
+"""The verb as a user meets it: its output, files, resumption and refusals."""
+
+import json
+import pathlib
+import subprocess
+import sys
+import time
+
+import pytest
+
+from mpt_jax import train
+from mpt_jax.training.writers import read_metrics
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = """
+from mpt_jax import presets
+def get_config():
+    config = presets.config()
+    config.model.update(dict(d_model=16, n_heads=2, n_layers=2, max_seq_len=16,
+                             vocab_size=48, compute_dtype="float32"))
+    config.model.attn_config.alibi = True
+    config.data.source = "synthetic"
+    config.steps = 6
+    config.global_batch_size = 8
+    config.optim.lr = 1e-2
+    config.optim.schedule.warmup_steps = 1
+    config.log.every_steps = 1
+    config.checkpoint.every_steps = 4
+    config.eval.every_steps = 3
+    config.eval.batches = 2
+    return config
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.py"
+    path.write_text(CONFIG)
+    return str(path)
+
+
+def run(config_file, workdir, *args):
+    return train.main(["--config", config_file, "--workdir", str(workdir), *args])
+
+
+def losses(workdir):
+    records = read_metrics(pathlib.Path(workdir) / "metrics.jsonl")
+    return {r["step"]: r["loss"].hex() for r in records if "loss" in r}
+
+
+def test_a_run_leaves_everything_and_resumes_bitwise(config_file, tmp_path, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(config_file, whole) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(str(whole))
+    names = {p.name for p in whole.iterdir()}
+    assert {"checkpoints", "config.json", "metrics.jsonl", "loss.png"} <= names
+    assert "tensorboard" in names
+    assert (whole / "loss.png").read_bytes().startswith(b"\x89PNG")
+    records = list(read_metrics(whole / "metrics.jsonl"))
+    assert [r["step"] for r in records if "validation_loss" in r] == [3, 6]
+    assert records[-1]["validation_loss"] < records[0]["loss"]
+
+    # The schedule's length is that of the whole run, as after a kill.
+    assert run(config_file, parts, "--config.steps=4") == 0
+    assert sorted(p.name for p in (parts / "checkpoints").glob("0*")) == ["00000004"]
+    assert run(config_file, parts) == 0
+    assert "resumed from" in capsys.readouterr().err
+    assert list(losses(parts)) == list(range(1, 7))
+    # Steps 5 and 6 run on the same state, data and schedule position as a run that was
+    # always configured for 6 steps would from this checkpoint.
+    again = tmp_path / "again"
+    assert run(config_file, again, "--config.steps=4") == 0
+    assert run(config_file, again) == 0
+    assert losses(again) == losses(parts)
+
+
+def test_a_finished_run_has_nothing_to_do(config_file, tmp_path, capsys):
+    assert run(config_file, tmp_path / "w", "--config.steps=2") == 0
+    before = losses(tmp_path / "w")
+    assert run(config_file, tmp_path / "w", "--config.steps=2") == 0
+    assert losses(tmp_path / "w") == before
+
+
+def test_an_incompatible_config_is_refused_with_the_fields(
+    config_file, tmp_path, capsys
+):
+    assert run(config_file, tmp_path / "w", "--config.steps=1") == 0
+    code = run(config_file, tmp_path / "w", "--config.optim.lr=0.5",
+               "--config.model.n_layers=3")  # fmt: skip
+    assert code == 2
+    error = capsys.readouterr().err
+    assert "model.n_layers: checkpoint has 2, this run has 3" in error
+    assert "optim.lr: checkpoint has 0.01, this run has 0.5" in error
+    saved = json.loads((tmp_path / "w" / "config.json").read_text())
+    assert saved["optim"]["lr"] == 0.01
+
+
+def test_parameters_alone_start_another_run(config_file, tmp_path, capsys):
+    assert run(config_file, tmp_path / "a") == 0
+    assert run(config_file, tmp_path / "b", "--config.seed=5",
+               f"--config.checkpoint.init_from={tmp_path}/a/checkpoints") == 0  # fmt: skip
+    a, b = losses(tmp_path / "a"), losses(tmp_path / "b")
+    assert float.fromhex(b[1]) < float.fromhex(a[1]) - 0.05
+
+
+def test_print_config_marks_overrides(config_file, tmp_path, capsys):
+    assert run(config_file, tmp_path, "--print_config", "--config.optim.lr=1e-4") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "* optim.lr = 0.0001" in lines
+    assert "  steps = 6" in lines
+
+
+def test_dry_run_trains_nothing(config_file, tmp_path, capsys):
+    assert run(config_file, tmp_path / "w", "--dry_run") == 0
+    out = capsys.readouterr().out
+    assert "blocks.attn.Wq.weight" in out
+    assert "parameters    7,360" in out
+    assert "compiled step" in out
+    assert not (tmp_path / "w").exists()
+
+
+def test_help_prints_every_knob(capsys):
+    assert train.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--config.model.attn_config.alibi_bias_max=" in out
+    assert "--supervise" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--config.stepz=1"], 'did you mean "steps"?'),
+        (["--config.mesh.data=3"], "mesh: data=3"),
+        (["--config.global_batch_size=7"], "global_batch_size: 7"),
+        (["--config.steps"], "expected a value"),
+        (["--stepz"], "unrecognized arguments"),
+    ],
+)
+def test_mistakes_exit_2_with_one_message(config_file, tmp_path, capsys, args, message):
+    assert run(config_file, tmp_path / "w", *args) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "w" / "checkpoints").exists()
+
+
+def test_a_broken_config_file_is_named_with_its_line(tmp_path, capsys):
+    path = tmp_path / "broken.py"
+    path.write_text("def get_config():\n    return 1 / 0\n")
+    assert run(str(path), tmp_path) == 2
+    assert f"{path}:2: ZeroDivisionError" in capsys.readouterr().err
+    assert run(str(tmp_path / "absent.py"), tmp_path) == 2
+    assert "no such config file" in capsys.readouterr().err
+
+
+def test_a_config_error_needs_no_jax(config_file, tmp_path):
+    """Under two seconds, and mostly Python's own start."""
+    code = (
+        "import sys; from mpt_jax.train import main\n"
+        f"assert main(['--config', {config_file!r}, '--config.stepz=1']) == 2\n"
+        "assert 'jax' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    begin = time.monotonic()
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    assert time.monotonic() - begin < 20  # a hang, not slowness: machines differ
+
+
+def test_training_diverges_loudly(config_file, tmp_path, capsys):
+    code = run(config_file, tmp_path / "w", "--config.optim.lr=1e30",
+               "--config.stability.nonfinite=stop", "--config.optim.clip_norm=none",
+               "--config.steps=40")  # fmt: skip
+    assert code == 77
+    assert "not finite" in capsys.readouterr().err
