@@ -3,9 +3,16 @@
 
 # The first interpreter that really runs (a version manager's shim may exist and fail),
 # is in range, and can make a virtual environment.
-USABLE := import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+USABLE := import ensurepip, ssl, sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
 	$$p -c '$(USABLE)' >/dev/null 2>&1 && echo $$p && break; done)
+
+define CHECK_PYTHON
+@$(or $(PYTHON),false) -c '$(USABLE)' || { \
+	echo "No usable Python. mpt_jax needs Python 3.11, 3.12 or 3.13 with venv" >&2; \
+	echo "(Debian, Ubuntu: apt-get install python3-venv). Name another one with" >&2; \
+	echo "  make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+endef
 
 ARGS ?=
 WORKDIR ?= runs/tiny
@@ -40,24 +47,25 @@ format: $(READY)  ## fix style in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-constraints: $(READY)  ## update constraints.txt after setup.py; UV_ARGS=--upgrade
-	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile setup.py --all-extras --universal --python-version 3.11 \
-		--no-annotate --quiet --custom-compile-command "make constraints" \
+constraints:  ## update constraints.txt after setup.py; UV_ARGS=--upgrade
+	$(CHECK_PYTHON)
+	$(PYTHON) -m venv --clear .cache/uv
+	.cache/uv/bin/python -m pip install --quiet uv
+	.cache/uv/bin/uv pip compile setup.py --all-extras --universal --quiet \
+		--python-version 3.11 --no-annotate --custom-compile-command "make constraints" \
 		$(UV_ARGS) --output-file constraints.txt
 
 clean:  ## delete .venv and caches; runs/ is kept
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
+# editdistance: only its source is on the registry for Python 3.13, and a bare machine has
+# no compiler.
 $(READY): setup.py constraints.txt
-	@$(or $(PYTHON),false) -c '$(USABLE)' || { \
-		echo "No usable Python. mpt_jax needs Python 3.11, 3.12 or 3.13 with venv" >&2; \
-		echo "(Debian, Ubuntu: apt-get install python3-venv). Name another one with" >&2; \
-		echo "  make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(CHECK_PYTHON)
 	@echo "Installing into $(VENV) with $(PYTHON), once: downloads about 1 GB,"
 	@echo "fills 3.5 GB and prints nothing for a few minutes ..."
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
 		-c constraints.txt ./third_party/editdistance -e '.[dev]'
 	@touch $@

@@ -48,8 +48,8 @@ def load_config(path: str, overrides: Mapping[str, str]) -> TrainConfig:
     """Runs ``get_config()`` of the Python file at ``path`` and parses what it returns.
 
     ``FILE.py:ARG`` calls get_config("ARG"). A config file is code: run only your own.
-    Raises: ConfigError: no such file, no get_config(), an exception in it, or any problem
-      that parse() finds.
+    Raises: ConfigError: no such file, no get_config(), an exception in it, or any
+      problem that parse() finds.
     """
     file, _, argument = path.partition(":")
     spec = importlib.util.spec_from_file_location("mpt_jax_config_file", file)

@@ -1,12 +1,13 @@
-"""Every knob of mpt_jax, once: frozen dataclasses, their parser and their checks.
+"""Every knob of mpt_jax, once: frozen dataclasses and their parser.
 
-A config file's ``get_config()`` returns an ``ml_collections.ConfigDict``; the verb calls
-``parse(TrainConfig, config, overrides)`` once and everything else reads the frozen result.
-All problems (unknown field, wrong type, impossible combination) come in one ConfigError.
-``knob()`` carries the meaning of each field, which ``--help`` prints.
+A config file's ``get_config()`` returns an ``ml_collections.ConfigDict``; the verb
+calls ``parse(TrainConfig, config, overrides)`` once, and all else reads the frozen
+result. All problems (unknown field, wrong type, impossible combination) come in one
+ConfigError. ``knob()`` carries the meaning of each field, which ``--help`` prints.
 
-Source of the model fields: llm-foundry@8c8dd48:llmfoundry/models/mpt/configuration_mpt.py
-and models/utils/config_defaults.py. Names are MosaicML's, so their config.json reads here.
+The model's fields have MosaicML's names, so that their config.json reads here. Source:
+llm-foundry@8c8dd48:llmfoundry/models/mpt/configuration_mpt.py and
+models/utils/config_defaults.py.
 """
 
 from __future__ import annotations
@@ -146,7 +147,7 @@ class ModelConfig:
     tie_word_embeddings: bool = knob(True, "the head is wte; untied adds lm_head")
     final_logit_softcapping: float | None = knob(None, "cap * tanh(logits / cap)")
     pad_token_id: int | None = knob(
-        None, "wte row that starts at 0 and gets no gradient"
+        None, "wte row that starts at 0; looking it up has no gradient"
     )
     # Ours: how it runs, never what it computes.
     compute_dtype: DType = knob("bfloat16", "activations and matmuls; norms, softmax "
@@ -233,7 +234,8 @@ FOREIGN_FIELDS: dict[str, tuple[tuple[Any, ...] | None, str]] = {
 }  # fmt: skip
 for _moe in ("moe_num_experts", "moe_top_k", "moe_loss_weight", "moe_jitter_eps",
              "moe_normalize_expert_weights", "moe_world_size", "moe_weight_parallelism",
-             "uniform_expert_assignment", "mlp_type", "mlp_impl", "glu_impl"):  # fmt: skip
+             "uniform_expert_assignment", "mlp_type", "mlp_impl",
+             "glu_impl"):  # fmt: skip
     FOREIGN_FIELDS[f"ffn_config.{_moe}"] = ((), "mixture of experts is not supported")
 FOREIGN_VALUES = {
     ("attn_config.attn_temperature_tuning.attn_scale", 0.0): "",
@@ -257,9 +259,10 @@ class DataConfig:
     )
     rates: tuple[float, ...] = knob((0.5, 0.5), "mixture rate of each task")
     tokenizer: str = knob(
-        "stdlib", "'stdlib' (SentencePiece trained once on the embedded corpus, cached), "
-        "'bytes', or the path of a SentencePiece .model"
-    )  # fmt: skip
+        "stdlib",
+        "'stdlib' (SentencePiece trained once on the embedded corpus, cached), "
+        "'bytes', or the path of a SentencePiece .model",
+    )
     tokenizer_vocab_size: int = knob(2048, "size of the 'stdlib' tokenizer")
     seq_len: int | None = knob(None, "tokens per row; default model.max_seq_len")
     shuffle_buffer: int = knob(
@@ -521,7 +524,7 @@ def _build(
     model_path: str | None,
     problems: list[str],
 ) -> Any:
-    """An instance of ``cls`` from nested mappings; problems are appended, not raised."""
+    """``cls`` from nested mappings; problems are appended, not raised."""
     if model_path is None and cls is ModelConfig:
         model_path = path
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -535,6 +538,8 @@ def _build(
             continue
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
+            if isinstance(value, Override):
+                value = _from_text(hint, value)
             if value is None or isinstance(value, hint):
                 out[name] = hint() if value is None else value
             elif isinstance(value, Mapping):
@@ -592,7 +597,7 @@ def parse(
     """The frozen ``cls`` from ``values`` with command-line ``overrides`` on top.
 
     Args:
-      values: nested mappings (a ConfigDict, a config.json); absent fields keep defaults.
+      values: nested mappings (ConfigDict, config.json); absent fields keep defaults.
       overrides: dotted path -> text, converted to the declared type ("1e4" is an int).
     Raises:
       ConfigError: with every unknown field, wrong type and impossible combination.

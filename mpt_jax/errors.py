@@ -23,7 +23,7 @@ EXIT_DIVERGED = 77
 
 
 class MptError(Exception):
-    """Base of every error a user may meet; ``location`` says where (path, file:line)."""
+    """Base of every error a user may meet; ``location``: a path, or file:line."""
 
     exit_code = EXIT_INTERNAL
     kind = "internal error"

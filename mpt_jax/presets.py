@@ -1,8 +1,8 @@
 """Every MPT there is: the LLM Foundry ladder as trained, the checkpoints as released.
 
 ``published_params`` is what MosaicML printed or what the released shapes add up to; a
-test holds each against the model's shapes to the last digit. ``unverified`` names fields
-that no source we could read confirms: read the checkpoint's own config.json instead.
+test holds each against the model's shapes to the last digit. ``unverified`` names
+fields that no source we could read confirms: trust the checkpoint's own config.json.
 """
 
 from __future__ import annotations
@@ -88,12 +88,13 @@ PRESETS: dict[str, Preset] = {
                        batches=24800, name="mpt-1b"),
     "mpt-3b": _foundry(2560, 20, 32, params=2_651_837_440, lr=1.6e-4, batch=512,
                        batches=51500, name="mpt-3b", remat="full"),
-    "mpt-7b-foundry": _foundry(4096, 32, 32, params=6_658_859_008, lr=1.2e-4, batch=1024,
-                               batches=63900, name="mpt-7b", remat="full"),
+    "mpt-7b-foundry": _foundry(4096, 32, 32, params=6_658_859_008, lr=1.2e-4,
+                               batch=1024, batches=63900, name="mpt-7b", remat="full"),
     "mpt-13b": _foundry(5120, 40, 40, params=12_853_954_560, lr=1e-4, batch=1024,
                         batches=124000, name="mpt-13b", remat="full"),
-    "mpt-30b-foundry": _foundry(7168, 56, 48, params=29_975_214_080, lr=1e-4, batch=2048,
-                                batches=143100, name="mpt-30b", remat="full"),
+    "mpt-30b-foundry": _foundry(7168, 56, 48, params=29_975_214_080, lr=1e-4,
+                                batch=2048, batches=143100, name="mpt-30b",
+                                remat="full"),
     "mpt-70b": _foundry(8192, 64, 80, params=64_862_437_376, lr=8e-5, batch=2048,
                         batches=333800, name="mpt-70b", remat="full"),
     "mpt-7b": _released(**_7B, source="config.json copies; model card"),
@@ -104,7 +105,7 @@ PRESETS: dict[str, Preset] = {
     "mpt-7b-storywriter": _released(
         **_7B, max_seq_len=65536, alibi_bias_max=16, clip_qkv=6,
         source="config.json @7ab7042; ggml issue 145"),
-    "mpt-7b-8k": _released(**_7B, max_seq_len=8192, source="model card; config.json copy"),
+    "mpt-7b-8k": _released(**_7B, max_seq_len=8192, source="model card; a copy"),
     "mpt-7b-8k-instruct": _released(**_7B, max_seq_len=8192, source="model card",
                                     unverified=("config.json not seen",)),
     "mpt-7b-8k-chat": _released(**_7B, max_seq_len=8192, source="model card",
@@ -116,7 +117,7 @@ PRESETS: dict[str, Preset] = {
         **_30B, max_seq_len=8192, source="model card",
         unverified=("attn_config.clip_qkv", "attn_config.attn_uses_sequence_id")),
     "mpt-30b-chat": _released(
-        **_30B, max_seq_len=8192, source="model card; a pre-release config.json differs",
+        **_30B, max_seq_len=8192, source="model card; a pre-release config differs",
         unverified=("attn_config.clip_qkv", "attn_config.attn_uses_sequence_id")),
     "mpt-1b-redpajama-200b": _released(
         2048, 16, 24, params=1_311_442_944, qk_ln=True,

@@ -32,12 +32,21 @@ def main(argv: Sequence[str]) -> int:
     parser = cli.Parser(prog="python -m mpt_jax.train", description=__doc__)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE.py", help="a file with get_config()")
-    add("--workdir", metavar="DIR", help="checkpoints, metrics, plots; default "
-        "runs/CONFIG; named on the last line")  # fmt: skip
-    add("--print_config", action="store_true", help="print every knob and stop; * marks "
-        "the command line's")  # fmt: skip
-    add("--dry_run", action="store_true", help="print shapes, parameters, memory and "
-        "tokens, compile the step, and stop")  # fmt: skip
+    add(
+        "--workdir",
+        metavar="DIR",
+        help="checkpoints, metrics, plots; default runs/CONFIG; named on the last line",
+    )
+    add(
+        "--print_config",
+        action="store_true",
+        help="print every knob and stop; * marks the command line's",
+    )
+    add(
+        "--dry_run",
+        action="store_true",
+        help="print shapes, parameters, memory and tokens, compile the step, and stop",
+    )
     add("--supervise", action="store_true", help="restart the trainer when it fails")
     add("--traceback", action="store_true", help="show the stack of an error")
 
@@ -169,8 +178,8 @@ class Run:
         n_params = count_params(config.model)
         self.progress.message(
             f"{n_params:,} parameters on {jax.device_count()} x "
-            f"{jax.devices()[0].device_kind}; {config.tokens_per_step:,} tokens a step, "
-            f"{config.total_steps * config.tokens_per_step:,} in all; {self.workdir}"
+            f"{jax.devices()[0].device_kind}; {config.tokens_per_step:,} tokens a step,"
+            f" {config.total_steps * config.tokens_per_step:,} in all; {self.workdir}"
         )
         return Throughput(
             config.total_steps,
@@ -240,7 +249,8 @@ class Run:
         never waits for the host; saving and evaluating settle the last step first.
         """
         pending = None
-        while not (self.finished or self.stop.signal):
+        # A signal that comes after a step was dispatched stops once it is settled.
+        while not (self.finished or (self.stop.signal and pending is None)):
             with self.meter.data_wait():
                 batch = self._device_batch(next(self.source))
             compiling = contextlib.nullcontext() if self.warm else self.watchdog.pause()
@@ -317,9 +327,7 @@ class Run:
             raise DivergedError(f"{reason}; {limit} rollbacks did not help")
         stored = self.checkpoints.latest_valid(before=since)
         if stored is None:
-            raise DivergedError(
-                f"{reason}; there is no checkpoint from before step {since} to go back to"
-            )
+            raise DivergedError(f"{reason}; no checkpoint is from before step {since}")
         seen = self.step
         self._restore(stored, rewind_data=False)
         self.rollbacks += 1

@@ -16,3 +16,6 @@ import jax
 # jax starts no backend, so that these still count.
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Compiling is most of what tests cost, and what they check holds at any optimisation.
+# The programs that tests start (tests/faults) are optimised as a user's are.
+jax.config.update("jax_disable_most_optimizations", True)

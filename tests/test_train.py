@@ -97,8 +97,8 @@ def test_an_incompatible_config_is_refused_with_the_fields(
 
 def test_parameters_alone_start_another_run(config_file, tmp_path, capsys):
     assert run(config_file, tmp_path / "a") == 0
-    assert run(config_file, tmp_path / "b", "--config.seed=5",
-               f"--config.checkpoint.init_from={tmp_path}/a/checkpoints") == 0  # fmt: skip
+    source = f"--config.checkpoint.init_from={tmp_path}/a/checkpoints"
+    assert run(config_file, tmp_path / "b", "--config.seed=5", source) == 0
     a, b = losses(tmp_path / "a"), losses(tmp_path / "b")
     assert float.fromhex(b[1]) < float.fromhex(a[1]) - 0.05
 

@@ -1,14 +1,14 @@
 """Speed and memory of the training step: ``python -m mpt_jax.bench.train``.
 
     python -m mpt_jax.bench.train --config configs/mpt_125m.py --batch 4 --seq_len 512
-    python -m mpt_jax.bench.train --config configs/mpt_1b.py --batch 8 --out results.json
+    python -m mpt_jax.bench.train --config configs/mpt_1b.py --batch 8 --out r.json
 
 Times the step that train.py runs, on synthetic batches (or the config's own with
-``--data config``), as rounds of steps with one wait at the end of each. With ``--peer hf``
-the same shape runs through transformers' MptForCausalLM and torch's AdamW in the same
-process, round about, and the ratio of the medians is reported: machine noise hits both.
-MFU is LLM Foundry's: (6 N + 12 layers d_model S) FLOPs per token over the dense bfloat16
-peak of the chip.
+``--data config``), as rounds of steps with one wait at the end of each. With
+``--peer hf`` the same shape runs through transformers' MptForCausalLM and torch's AdamW
+in the same process, round about, and the ratio of the medians is reported: machine
+noise hits both. MFU is LLM Foundry's: (6 N + 12 layers d_model S) FLOPs per token over
+the dense bfloat16 peak of the chip.
 """
 
 from __future__ import annotations

@@ -75,11 +75,11 @@ def attention_reference(
     einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
     qk = einsum("bqkgd,btkd->bkgqt", q.reshape(B, L, K, H // K, D), k)
-    _, s = _logits(plan, operands, qk, 0, 0, "BKGQT")
+    _, s = _logits(plan, operands, qk, 0, 0)
     top = lax.stop_gradient(_finite(s.max(-1, keepdims=True)))
     p = jnp.exp(s - top)
     total = p.sum(-1, keepdims=True)
-    kept = p / _nonzero(total) * _dropout(plan, operands, p, 0, 0, "BKGQT")
+    kept = p / _nonzero(total) * _dropout(plan, operands, p, 0, 0)
     out = einsum("bkgqt,btkd->bqkgd", kept, v)
     lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(_nonzero(total)))
     lse_BLH = lse[..., 0].transpose(0, 3, 1, 2).reshape(B, L, H)
@@ -133,62 +133,57 @@ def _even(length: int, largest: int) -> int:
 
 
 def _logits(
-    plan: _Plan, x: Operands, qk: jax.Array, i: ArrayLike, j: ArrayLike, dims: str
+    plan: _Plan, x: Operands, qk_BKGQT: jax.Array, i: ArrayLike, j: ArrayLike
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits of block (i, j) before and after bias and mask, from qk with these dims.
+    """Logits of block (i, j): scaled and capped; and these with bias and mask.
 
     The bias is -slope * |distance| of exact integers: a key far enough away for the
     product to round has no weight, unlike in the usual slope * column (off by 1e-3 at
     65k columns). Hidden keys get -inf.
     """
     rule = plan.rule
-    capped = qk * rule.softmax_scale
+    capped = qk_BKGQT * rule.softmax_scale
     if rule.logit_softcap is not None:
         capped = rule.logit_softcap * jnp.tanh(capped / rule.logit_softcap)
 
-    columns = j * plan.block_k + jnp.arange(plan.block_k, dtype=jnp.int32)
-    rows = i * plan.block_q + jnp.arange(plan.block_q, dtype=jnp.int32)
-    row = _place(x.q_offset + rows, "Q", dims)
-    column = _place(x.kv_offset + columns, "T", dims)
-    distance = jnp.abs(row - column)
+    rows_Q = i * plan.block_q + jnp.arange(plan.block_q, dtype=jnp.int32)
+    columns_T = j * plan.block_k + jnp.arange(plan.block_k, dtype=jnp.int32)
+    ahead_QT = (x.kv_offset + columns_T)[None, :] - (x.q_offset + rows_Q)[:, None]
+    distance_QT = jnp.abs(ahead_QT)
 
     s = capped
     if x.slopes_H is not None:
-        K, G = qk.shape[dims.index("K")], qk.shape[dims.index("G")]
-        slopes_KG = lax.stop_gradient(x.slopes_H).astype(s.dtype).reshape(K, G)
-        s = s - _place(slopes_KG, "KG", dims) * distance.astype(s.dtype)
+        slopes_KG = lax.stop_gradient(x.slopes_H).reshape(s.shape[1:3]).astype(s.dtype)
+        s -= slopes_KG[None, :, :, None, None] * distance_QT[None, None, None]
 
-    visible = []
+    visible = []  # masks of B or 1, Q or 1, T
     if rule.causal:
-        past = column <= row
+        past = (ahead_QT <= 0)[None]
         if x.prefix_mask_BS is not None:
-            prefix_BT = _cut(x.prefix_mask_BS, j, plan.block_k)
-            past |= _place(prefix_BT, "BT", dims)
+            past |= _cut(x.prefix_mask_BS, j, plan.block_k)[:, None, :]
         visible.append(past)
     if rule.window is not None:
-        visible.append(distance <= rule.window)
+        visible.append((distance_QT <= rule.window)[None])
     if x.q_segment_ids_BL is not None:
-        q_segment = _place(_cut(x.q_segment_ids_BL, i, plan.block_q), "BQ", dims)
-        kv_segment = _place(_cut(x.kv_segment_ids_BS, j, plan.block_k), "BT", dims)
-        visible += [q_segment == kv_segment, kv_segment != 0]
+        of_q = _cut(x.q_segment_ids_BL, i, plan.block_q)[:, :, None]
+        of_key = _cut(x.kv_segment_ids_BS, j, plan.block_k)[:, None, :]
+        visible += [of_q == of_key, of_key != 0]
     if plan.n_columns % plan.block_k:
-        visible.append(_place(columns < plan.n_columns, "T", dims))
+        visible.append((columns_T < plan.n_columns)[None, None, :])
     for mask in visible:
-        s = jnp.where(mask, s, -jnp.inf)
+        s = jnp.where(mask[:, None, None], s, -jnp.inf)
     return capped, s
 
 
 def _dropout(
-    plan: _Plan, x: Operands, p: jax.Array, i: ArrayLike, j: ArrayLike, dims: str
+    plan: _Plan, x: Operands, p: jax.Array, i: ArrayLike, j: ArrayLike
 ) -> ArrayLike:
     """What dropout multiplies block (i, j) of the softmax by: 0 or 1 / (1 - rate)."""
     rate = plan.rule.dropout_rate
     if not rate:
         return 1.0
     key = jax.random.fold_in(jax.random.fold_in(x.dropout_key, i), j)
-    shape = [p.shape[dims.index(d)] for d in "BKGQT"]
-    kept = jax.random.bernoulli(key, 1 - rate, shape)
-    return _place(kept, "BKGQT", dims).astype(p.dtype) / (1 - rate)
+    return jax.random.bernoulli(key, 1 - rate, p.shape).astype(p.dtype) / (1 - rate)
 
 
 # The blocked form.
@@ -211,12 +206,12 @@ def _flash(
             top, total, acc = state
             k_BKTD, v_BKTD = _columns(plan, k_BSKD, j), _columns(plan, v_BSKD, j)
             qk = _einsum("bkgqd,bktd->bkgqt", q_BKGQD, k_BKTD)
-            _, s = _logits(plan, x, qk, i, j, "BKGQT")
+            _, s = _logits(plan, x, qk, i, j)
             new_top = jnp.maximum(top, s.max(-1, keepdims=True))
             shift = _finite(new_top)
             p, shrink = jnp.exp(s - shift), jnp.exp(top - shift)
             total = total * shrink + p.sum(-1, keepdims=True)
-            kept = (p * _dropout(plan, x, p, i, j, "BKGQT")).astype(v_BKTD.dtype)
+            kept = (p * _dropout(plan, x, p, i, j)).astype(v_BKTD.dtype)
             acc = acc * shrink + _einsum("bkgqt,bktd->bkgqd", kept, v_BKTD)
             return new_top, total, acc
 
@@ -240,10 +235,9 @@ def _flash_forward(plan, q_BLHD, k_BSKD, v_BSKD, x):
 
 
 def _flash_backward(plan, residuals, cotangents):
-    """dq, dk, dv in one pass over the blocks; logits transposed (T before Q).
+    """dq, dk and dv in one pass over the blocks.
 
     ds = p * (dp - delta), dp = do . v, delta = do . out - dlse, since dlse/ds = p.
-    Transposed, two of the three products that contract p or ds need no transposition.
     """
     q_BLHD, k_BSKD, v_BSKD, x, out_BLHD, lse_BLH = residuals
     dout_BLHD, dlse_BLH = cotangents
@@ -265,25 +259,24 @@ def _flash_backward(plan, residuals, cotangents):
 
     def row_block(i, grads):
         q_BKGQD, dout_BKGQD = _rows(plan, q, i), _rows(plan, dout, i)
-        lse_i, delta_i = (
-            _place(_rows(plan, a, i)[..., 0], "BKGQ", "BKTGQ") for a in (lse, delta)
-        )
+        lse_i, delta_i = _rows(plan, lse, i), _rows(plan, delta, i)
 
         def column_block(j, state):
             dq, dk, dv = state
             k_BKTD, v_BKTD = _columns(plan, k_BSKD, j), _columns(plan, v_BSKD, j)
-            qk = _einsum("bktd,bkgqd->bktgq", k_BKTD, q_BKGQD)
-            capped, s = _logits(plan, x, qk, i, j, "BKTGQ")
+            qk = _einsum("bkgqd,bktd->bkgqt", q_BKGQD, k_BKTD)
+            capped, s = _logits(plan, x, qk, i, j)
             p = jnp.exp(s - lse_i)
-            drop = _dropout(plan, x, p, i, j, "BKTGQ")
-            dp = _einsum("bktd,bkgqd->bktgq", v_BKTD, dout_BKGQD) * drop
+            drop = _dropout(plan, x, p, i, j)
+            dp = _einsum("bkgqd,bktd->bkgqt", dout_BKGQD, v_BKTD) * drop
             ds = p * (dp - delta_i) * plan.rule.softmax_scale
             if plan.rule.logit_softcap is not None:
                 ds = ds * (1 - (capped / plan.rule.logit_softcap) ** 2)
             kept, ds = (p * drop).astype(dout_BKGQD.dtype), ds.astype(q_BKGQD.dtype)
-            dq = dq + _einsum("bktgq,bktd->bkgqd", ds, k_BKTD)
-            dk_j = _einsum("bktgq,bkgqd->bktd", ds, q_BKGQD)
-            dv_j = _einsum("bktgq,bkgqd->bktd", kept, dout_BKGQD)
+            dq = dq + _einsum("bkgqt,bktd->bkgqd", ds, k_BKTD)
+            # This way round XLA transposes q and dout, not the larger ds and p.
+            dk_j = _einsum("bkgqd,bkgqt->bkdt", q_BKGQD, ds).swapaxes(2, 3)
+            dv_j = _einsum("bkgqd,bkgqt->bkdt", dout_BKGQD, kept).swapaxes(2, 3)
             return dq, _add_columns(plan, dk, j, dk_j), _add_columns(plan, dv, j, dv_j)
 
         dq, dk, dv = grads
@@ -396,12 +389,6 @@ def _pad(a: jax.Array | None, length: int, value: float = 0) -> jax.Array | None
         return a
     widths = [(0, length - a.shape[1] if axis == 1 else 0) for axis in range(a.ndim)]
     return jnp.pad(a, widths, constant_values=value)
-
-
-def _place(a: jax.Array, dims: str, target: str) -> jax.Array:
-    """a with its dims in the order of target and length 1 where it has none."""
-    a = a.transpose([dims.index(d) for d in target if d in dims])
-    return jnp.expand_dims(a, [n for n, d in enumerate(target) if d not in dims])
 
 
 def _accumulator(a: jax.Array) -> jnp.dtype:

@@ -1,6 +1,6 @@
 """MPT's attention layer around the attention op.
 
-Order: project -> clip -> qk norm -> (scale, soft-cap, ALiBi, masks, softmax) -> project.
+Order: project, clip, qk norm; scale, soft-cap, ALiBi, masks, softmax; project.
 Source: llm-foundry@8c8dd48:llmfoundry/models/layers/attention.py:GroupedQueryAttention.
 """
 
@@ -11,7 +11,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from mpt_jax.config import ModelConfig
 from mpt_jax.kernels.attention import attention
@@ -28,8 +27,8 @@ QK_NORM = {"kind": "low_precision_layernorm", "eps": 1e-5}
 class Masks:
     """What restricts attention beside causality; None restricts nothing.
 
-    segment_ids_BL: int32 document of each token, 0 for padding; prefix_mask_BL: bool,
-    tokens that everyone in the segment may see.
+    segment_ids_BL: int32 document of each token, 0 for padding, which nobody sees;
+    prefix_mask_BL: bool, tokens that everyone in the segment may see.
     """
 
     segment_ids_BL: jax.Array | None = None
@@ -76,7 +75,9 @@ class Attention(nnx.Module):
         q_BLHD = shard(q, "batch", "length", "act_heads", None)
         k_BSKD = shard(k, "batch", "kv_length", kv_axis, None)
         v_BSKD = shard(v, "batch", "kv_length", kv_axis, None)
-        segments = masks.segment_ids_BL if a.attn_uses_sequence_id else None
+        segments = masks.segment_ids_BL
+        if segments is not None and not a.attn_uses_sequence_id:
+            segments = (segments != 0).astype(jnp.int32)  # documents see each other
         out_BLHD = attention(
             q_BLHD,
             k_BSKD,
@@ -92,6 +93,5 @@ class Attention(nnx.Module):
             dropout_key=dropout_key,
             implementation=cfg.attention,
         )
-        out_BLHD = checkpoint_name(out_BLHD, "attention_out")
         out_BLHD = shard(out_BLHD, "batch", "length", "act_heads", None)
         return self.out_proj(out_BLHD)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mpt_jax.config import ModelConfig
+from mpt_jax.kernels.attention import RESIDUAL_NAMES
 from mpt_jax.models.attention import Attention, Masks
 from mpt_jax.models.init import Fans, Initializer
 from mpt_jax.models.layers import (
@@ -208,8 +209,8 @@ def hidden_states(
 
     Args:
       tokens_BL: int32 ids; an id outside the vocabulary gives NaN, never a wrong row.
-      segment_ids_BL: int32 document of each token, 0 padding; masks attention only
-        where cfg.attn_config.attn_uses_sequence_id.
+      segment_ids_BL: int32 document of each token, 0 padding (left or right). None:
+        no padding. Documents are kept apart only with attn_uses_sequence_id.
       prefix_mask_BL: bool, only with attn_config.prefix_lm.
       dropout_key: a PRNG key switches the configured dropouts on.
     Returns: x_BLE in the compute dtype.
@@ -217,7 +218,7 @@ def hidden_states(
     """
     key_embed, key_blocks = split_key(dropout_key, 2)
     masks = Masks(segment_ids_BL, prefix_mask_BL)
-    x_BLE = _embed(cfg, params, tokens_BL)
+    x_BLE = _embed(cfg, params, tokens_BL, segment_ids_BL)
     x_BLE = dropout(x_BLE, cfg.emb_pdrop, key_embed)
     x_BLE = shard(x_BLE, "batch", "length", "act_embed")
 
@@ -237,7 +238,12 @@ def hidden_states(
     return _bind(Norm(cfg, ((cfg.d_model, "norm"),)), params["norm_f"])(x_BLE)
 
 
-def _embed(cfg: ModelConfig, params: Params, tokens_BL: jax.Array) -> jax.Array:
+def _embed(
+    cfg: ModelConfig,
+    params: Params,
+    tokens_BL: jax.Array,
+    segment_ids_BL: jax.Array | None,
+) -> jax.Array:
     dtype = jnp.dtype(cfg.compute_dtype)
     # Cast, then gather the embed axis: half the bytes of gathering float32.
     table_VE = shard(params["wte"]["weight"].astype(dtype), "vocab", "act_embed")
@@ -252,7 +258,11 @@ def _embed(cfg: ModelConfig, params: Params, tokens_BL: jax.Array) -> jax.Array:
                 f"tokens_BL: length {length} is over max_seq_len {cfg.max_seq_len}, "
                 "where the learned positions end"
             )
-        x_BLE = x_BLE + params["wpe"]["weight"][None, :length].astype(dtype)
+        position_BL = jnp.arange(length)[None]
+        if segment_ids_BL is not None:  # left padding does not count
+            padding_BL = jnp.cumsum(segment_ids_BL == 0, axis=1)
+            position_BL = jnp.maximum(position_BL - padding_BL, 0)
+        x_BLE = x_BLE + params["wpe"]["weight"].astype(dtype)[position_BL]
     if cfg.embedding_fraction < 1:  # GLM-130B (arXiv 2210.02414), section 2.2
         f = cfg.embedding_fraction
         x_BLE = x_BLE * f + jax.lax.stop_gradient(x_BLE) * (1 - f)
@@ -268,7 +278,7 @@ def _remat(
     policy = {
         "full": policies.nothing_saveable,
         "dots": policies.dots_with_no_batch_dims_saveable,
-        "attention": policies.save_only_these_names("attention_out", "attention_lse"),
+        "attention": policies.save_only_these_names(*RESIDUAL_NAMES),
     }[cfg.remat]
     # Inside scan there is no CSE across iterations to prevent.
     return jax.checkpoint(block, policy=policy, prevent_cse=not cfg.scan_layers)

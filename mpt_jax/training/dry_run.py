@@ -58,7 +58,7 @@ def _tokens(config: TrainConfig) -> list[str]:
     flops = flops_per_token(config.model, config.seq_len, n_params)
     tokens = config.total_steps * config.tokens_per_step
     return [
-        f"tokens        {config.tokens_per_step:,} a step x {config.total_steps:,} steps "
+        f"tokens        {config.tokens_per_step:,} x {config.total_steps:,} steps "
         f"= {tokens:,} ({tokens / n_params:.1f} per parameter)",
         f"FLOPs         {flops.full:.3g} a token ({flops.causal:.3g} causal), "
         f"{flops.full * tokens:.3g} in all",
@@ -79,10 +79,10 @@ def _memory(config: TrainConfig, program: Program) -> list[str]:
         f"{(params.total_bytes + optimizer.total_bytes) / GIB:.3f} GiB)",
     ]
     if (analysis := step.memory_analysis()) is not None:
-        state = analysis.argument_size_in_bytes
-        temporary = analysis.temp_size_in_bytes
+        state = analysis.argument_size_in_bytes / GIB
+        temporary = analysis.temp_size_in_bytes / GIB
         lines.append(
-            f"              compiled step: state and batch {state / GIB:.3f} GiB + "
-            f"temporaries {temporary / GIB:.3f} GiB = {(state + temporary) / GIB:.3f} GiB"
+            f"              compiled step: state and batch {state:.3f} GiB + "
+            f"temporaries {temporary:.3f} GiB = {state + temporary:.3f} GiB"
         )
     return lines

@@ -43,7 +43,12 @@ class TrainState(NamedTuple):
 
 
 def pretraining(model: ModelConfig, loss: LossConfig) -> Objective:
-    """Next-token prediction over packed rows: tokens, loss_mask, segment_ids (B, L)."""
+    """Next-token prediction over packed rows: tokens, loss_mask, segment_ids (B, L).
+
+    Segments reach the model only where it keeps documents apart: packed rows have no
+    padding to hide, and a mask costs time.
+    """
+    packed = model.attn_config.attn_uses_sequence_id
 
     def objective(
         params: mpt.Params, batch: Batch, dropout_key: jax.Array | None
@@ -52,7 +57,7 @@ def pretraining(model: ModelConfig, loss: LossConfig) -> Objective:
             model,
             params,
             batch["tokens"],
-            segment_ids_BL=batch["segment_ids"],
+            segment_ids_BL=batch["segment_ids"] if packed else None,
             dropout_key=dropout_key,
         )
         return next_token_loss(

@@ -147,7 +147,8 @@ class Lab:
         self, kind: str, *flags: str, program: tuple[str, ...] = TRAIN
     ) -> pathlib.Path:
         """The directory of an unbroken run; the first who asks makes it."""
-        name = "-".join(["reference", kind, *flags]).replace("--", "")
+        parts = ["reference", kind, pathlib.Path(program[-1]).stem, *flags]
+        name = "-".join(parts).replace("--", "")
         with self._guard:
             lock = self._locks.setdefault(name, threading.Lock())
         with lock:
@@ -226,26 +227,20 @@ def checkpoint(workdir: pathlib.Path, step: int) -> pathlib.Path:
 def arrays(step: pathlib.Path) -> dict[str, Any]:
     """Every array of a checkpoint that is intact, by its path ("params.wte.weight")."""
     import jax
-    import numpy as np
+    from orbax.checkpoint import v1 as ocp
 
     from mpt_jax.training.stored import open_checkpoint
 
-    stored = open_checkpoint(step)
-    tree: dict[str, Any] = {}
-    for path, text in stored.arrays.items():
-        dtype, _, shape = text.rstrip("]").partition("[")
-        *parents, leaf = path.split(".")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        sizes = tuple(int(size) for size in shape.split(",") if size)
-        node[leaf] = jax.ShapeDtypeStruct(sizes, np.dtype(dtype))
-    restored = stored.restore(tree["params"], tree["opt_state"])
-    leaves = jax.tree_util.tree_leaves_with_path(
-        {"params": restored.params, "opt_state": restored.opt_state}
+    open_checkpoint(step)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    stored = ocp.checkpointables_metadata(step).metadata
+    tree = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        {item: stored[item] for item in ("params", "opt_state")},
     )
+    leaves = jax.tree.leaves_with_path(ocp.load_checkpointables(step, tree))
     name = jax.tree_util.keystr
-    return {name(k, simple=True, separator="."): np.asarray(v) for k, v in leaves}
+    return {name(key, simple=True, separator="."): leaf for key, leaf in leaves}
 
 
 def files(directory: pathlib.Path) -> dict[str, bytes]:
@@ -268,12 +263,22 @@ def weights_file(step: pathlib.Path) -> pathlib.Path:
 
 @dataclasses.dataclass(frozen=True)
 class Fault:
-    """inject: breaks trainers in a Lab; returns what it measured, or raises."""
+    """A way to break a trainer.
+
+    inject gets a Lab and the directory of an unbroken run (of config ``kind``, with
+    ``flags``); it returns what it measured, or raises.
+    """
 
     id: str
     text: str
-    inject: Callable[[Lab], dict[str, Any]]
+    kind: str
+    inject: Callable[[Lab, pathlib.Path], dict[str, Any]]
+    flags: tuple[str, ...] = ()
+    program: tuple[str, ...] = TRAIN
     slow: bool = False
+
+    def reference(self, lab: Lab) -> pathlib.Path:
+        return lab.reference(self.kind, *self.flags, program=self.program)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,7 +303,9 @@ def inject(fault: Fault, lab: Lab) -> Result:
     began = time.monotonic()
     detail, error = {}, None
     try:
-        detail = fault.inject(lab)
+        reference = fault.reference(lab)
+        began = time.monotonic()
+        detail = fault.inject(lab, reference)
     except BaseException as caught:
         error = caught
     return Result(fault, time.monotonic() - began, detail, error)

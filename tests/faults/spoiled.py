@@ -1,11 +1,16 @@
 """``python -m mpt_jax.train`` on a stream with bad batches, or with some left out.
 
-    python tests/faults/spoiled.py --nan 9,10 --config tests/faults/config.py:tiny ...
+    python tests/faults/spoiled.py --nan=9,10 --config=tests/faults/config.py:tiny ...
 
-Batches count from 0. The trainer is the real one, from flags to exit code. Only its
-synthetic source is replaced, by one that marks bad batches, and its objective by one
-that multiplies loss and gradient of the marked ones. A run and its reference are the
-same program, compiled once: they differ in their streams alone.
+    --nan, --spike  batches, from 0, whose loss and gradient are not finite or too large
+    --without       batches that are left out
+    --kill          batches before which the trainer gets SIGKILL
+    --terminate     steps right after which it gets SIGTERM
+
+The trainer is the real one, from flags to exit code. Only its synthetic source is
+replaced, by one that marks bad batches, and its objective by one that multiplies loss
+and gradient of the marked ones. A run and its reference are the same program: they
+differ in their streams alone.
 """
 
 import argparse
@@ -24,6 +29,7 @@ from mpt_jax.data.packing import Batch
 from mpt_jax.data.synthetic import SyntheticSource
 from mpt_jax.objectives import LossSums
 from mpt_jax.training import step
+from mpt_jax.training.watchdog import Watchdog
 
 # Every token of a marked batch is this one: no row of the synthetic source is constant.
 # The factor is of its loss, and so of its gradient.
@@ -70,14 +76,26 @@ def spoiled(pretraining: Callable) -> Callable:
     return make
 
 
+def terminating(beat: Callable, steps: list[int]) -> Callable:
+    """``beat`` of the watchdog, which the trainer calls when it has done a step."""
+
+    def beat_and_terminate(watchdog: Any, step: int) -> None:
+        beat(watchdog, step)
+        if step in steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return beat_and_terminate
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     numbers = lambda text: [int(n) for n in text.split(",")]  # noqa: E731
-    for kind in (*MARKS, "without", "kill"):
+    for kind in (*MARKS, "without", "kill", "terminate"):
         parser.add_argument(f"--{kind}", type=numbers, default=[])
     faults, rest = parser.parse_known_args(argv)
     feed.SyntheticSource = functools.partial(SpoiledSource, faults=faults)
     step.pretraining = spoiled(step.pretraining)
+    Watchdog.beat = terminating(Watchdog.beat, faults.terminate)
     return train.main(rest)
 
 

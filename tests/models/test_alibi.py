@@ -1,4 +1,4 @@
-"""Slopes against the formula of the ALiBi paper for powers of two, and its rule for others."""
+"""Slopes against the ALiBi paper's formula, and its rule for other head counts."""
 
 import numpy as np
 import pytest

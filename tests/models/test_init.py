@@ -1,5 +1,6 @@
 """Initial scales against torch's formulas, and MosaicML's rules for who gets which."""
 
+import functools
 import math
 
 import jax
@@ -15,13 +16,14 @@ DIV = math.sqrt(2 * N)
 STD_RTOL = 0.03
 
 
+@functools.cache
 def params(**init):
     cfg = parse(
         ModelConfig,
         {"d_model": D, "n_heads": H, "n_layers": N, "vocab_size": V, "max_seq_len": 256,
          "init_config": init},
     )  # fmt: skip
-    return mpt.init(cfg, jax.random.key(0))
+    return jax.jit(mpt.init, static_argnums=0)(cfg, jax.random.key(0))
 
 
 def stds(p):
@@ -49,9 +51,11 @@ XAVIER = {"wte": D + V, "wpe": D + 256, "Wq": D + D // H, "out_proj": 2 * D,
               "down_proj": math.sqrt(2 / F) / DIV}),
         ({"name": "kaiming_uniform_"}, {"wte": K, "Wq": K, "out_proj": K / DIV}),
         # fan_out of a head's slice of the fused qkv is head_dim.
-        ({"fan_mode": "fan_out"}, {"wte": math.sqrt(2 / V), "Wq": math.sqrt(2 / (D // H)),
+        ({"fan_mode": "fan_out"}, {"wte": math.sqrt(2 / V),
+                                   "Wq": math.sqrt(2 / (D // H)),
                                    "up_proj": math.sqrt(2 / F)}),
-        ({"init_nonlinearity": "leaky_relu", "init_gain": 1.0}, {"Wq": 1 / math.sqrt(D)}),
+        ({"init_nonlinearity": "leaky_relu", "init_gain": 1.0},
+         {"Wq": 1 / math.sqrt(D)}),
         ({"init_nonlinearity": "tanh"}, {"Wq": 5 / 3 / math.sqrt(D)}),
         ({"name": "baseline_", "init_std": 0.02, "init_div_is_residual": False},
          {"wte": 0.02, "Wq": 0.02, "out_proj": 0.02, "down_proj": 0.02}),
@@ -109,4 +113,5 @@ def test_a_parameter_depends_on_its_path_only():
         {"d_model": D, "n_heads": H, "n_layers": N, "vocab_size": 32, "no_bias": True},
     )
     a, b = params()["blocks"], mpt.init(other, jax.random.key(0))["blocks"]
-    np.testing.assert_array_equal(a["attn"]["Wq"]["weight"], b["attn"]["Wq"]["weight"])
+    weights = [x["attn"]["Wq"]["weight"] for x in (a, b)]
+    np.testing.assert_allclose(*weights, rtol=1e-6)  # one is compiled, one is not

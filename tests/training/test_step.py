@@ -1,4 +1,4 @@
-"""The step: the same numbers on every mesh and microbatch count, and none that are bad."""
+"""The step: the same numbers on every mesh and microbatch count, none of them bad."""
 
 import dataclasses
 
@@ -26,7 +26,8 @@ def config(**fields) -> TrainConfig:
         "attn_config": {"alibi": True, "attn_uses_sequence_id": True},
     }  # fmt: skip
     base = {
-        "steps": 20, "global_batch_size": B, "model": model, "loss": {"chunk_tokens": 7},
+        "steps": 20, "global_batch_size": B, "model": model,
+        "loss": {"chunk_tokens": 7},
         # A large eps: Adam's division by near-zero moments would amplify rounding.
         "optim": {"lr": 1e-2, "eps": 1e-3, "weight_decay": 1e-3,
                   "schedule": {"warmup_steps": 2}},
