@@ -28,9 +28,9 @@ from jax.typing import ArrayLike
 
 from mpt_jax.kernels.attention import RESIDUAL_NAMES, Operands, Rule
 
-# A block is B * H * Q * T logits. On a CPU it must stay in cache: at B * H = 48 blocks
-# of 128 x 128 (3 MiB) ran 1.3 to 1.9 times as fast as 512 x 512, and at B * H = 4 the
-# other way round; under 128 the loops cost more than they save.
+# A block is B * H * Q * T logits. On a CPU it must stay near the cache: at B * H = 48
+# and L = 512 blocks of 128 x 128 (3 MiB) ran twice as fast as 512 x 512; at B * H = 4
+# and L = 8192 256 and 512 were alike and 128 slower. Accelerators want large matmuls.
 _CPU_BLOCK_LOGITS = 2**20
 _BLOCK_SIZES = (512, 256, 128)
 
@@ -319,7 +319,7 @@ def _over_columns(
         highest = jnp.minimum(highest, visible_end)
 
     def visit(j, carry):
-        if not rule.causal or x.prefix_mask_BS is None:
+        if x.prefix_mask_BS is None:
             return column_block(j, carry)
         # Above the diagonal only a prefix token can be seen.
         prefix_BT = _cut(x.prefix_mask_BS, j, width)

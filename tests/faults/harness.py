@@ -189,13 +189,16 @@ def curve(workdir: pathlib.Path) -> dict[str, str]:
     losses = [(r["step"], r["loss"].hex()) for r in found if "loss" in r]
     steps = [step for step, _ in losses]
     assert steps == list(range(1, len(steps) + 1)), f"lost or repeated steps: {steps}"
-    [validation] = [r["validation_loss"].hex() for r in found if "validation_loss" in r]
-    return {**{f"step {step}": loss for step, loss in losses}, "end": validation}
+    ends = [r["validation_loss"].hex() for r in found if "validation_loss" in r]
+    assert len(ends) == 1, f"{len(ends)} validation losses"
+    return {**{f"step {step}": loss for step, loss in losses}, "end": ends[0]}
 
 
 def equal_curves(workdir: pathlib.Path, reference: pathlib.Path) -> str:
     """Asserts that they are, in every bit; returns how many losses that are."""
     found, expected = curve(workdir), curve(reference)
+    different = [at for at in expected if found.get(at) != expected[at]]
+    assert not different, f"other losses than without the fault: {different}"
     assert found == expected
     return f"{len(expected)} of {len(expected)}"
 
