@@ -25,7 +25,7 @@ INSTALL_REQUIRES = [
     "importlib_resources>=6",  # tensorflow-datasets imports it undeclared
     f"jax{JAX}",
     "matplotlib>=3.10",
-    "ml-collections>=1.1,<2",  # <2: command lines are parsed by its config_flags
+    "ml-collections>=1.1,<2",  # <2: config files are written with its ConfigDict
     "numpy>=2.1,<3",  # <3: compiled wheels are tied to numpy's major version
     "optax>=0.2.8,<0.3",  # <0.3: its state trees are written into our checkpoints
     # <0.13: we use orbax.checkpoint.v1, which may still change before 1.0

@@ -96,8 +96,8 @@ def current_mesh() -> Mesh | None:
 def spec(axes: Axes) -> PartitionSpec:
     """The PartitionSpec of logical axes.
 
-    >>> spec(("layers", "embed", "heads", "head_dim"))
-    PartitionSpec(None, 'fsdp', 'tensor', None)
+    >>> tuple(spec(("layers", "embed", "heads", "head_dim")))
+    (None, 'fsdp', 'tensor', None)
 
     Raises: InternalError: an unknown logical axis, or a mesh axis used twice.
     """

@@ -13,7 +13,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mpt_jax.config import ModelConfig, TrainConfig
+    from mpt_jax.config import InitConfig, ModelConfig, TrainConfig
 
 
 def _require(problems: list[str], ok: bool, message: str) -> None:
@@ -84,7 +84,12 @@ def check_model(m: ModelConfig) -> list[str]:
         m.pad_token_id is None or 0 <= m.pad_token_id < m.vocab_size,
         f"pad_token_id: {m.pad_token_id} is outside the vocabulary",
     )
-    init = m.init_config
+    return problems + _check_init(m.init_config)
+
+
+def _check_init(init: InitConfig) -> list[str]:
+    problems: list[str] = []
+    need = functools.partial(_require, problems)
     need(
         init.name != "baseline_" or init.init_std is not None,
         "init_config.init_std: baseline_ needs it",
