@@ -67,5 +67,5 @@ $(READY): setup.py constraints.txt
 	@echo "fills 3.5 GB and prints nothing for a few minutes ..."
 	@$(PYTHON) -m venv --clear $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check \
-		-c constraints.txt ./third_party/editdistance -e '.[dev]'
+		-c constraints.txt ./launch/editdistance -e '.[dev]'
 	@touch $@

@@ -7,6 +7,7 @@ building one costs nothing, on any device count and at any size.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax
@@ -32,6 +33,37 @@ def param(
     )
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, w: jax.Array, n_in: int) -> jax.Array:
+    """Contracts the last ``n_in`` dims of x with the first of w, in the dtype of x.
+
+    The backward says what JAX's own leaves to XLA: dw = x^T g of two matrices, with no
+    transposition (on a CPU XLA fuses one into the activation: 380 instead of 220 ms for
+    the FFN of 125M), in the dtype of w, so float32 for bfloat16 activations.
+    """
+    return jnp.tensordot(x, w.astype(x.dtype), n_in)
+
+
+def _matmul_forward(x, w, n_in):
+    return matmul(x, w, n_in), (x, w)
+
+
+def _matmul_backward(n_in, residuals, g):
+    x, w = residuals
+    n_tokens, n_features = math.prod(x.shape[:-n_in]), math.prod(w.shape[:n_in])
+    x_TI, g_TO = x.reshape(n_tokens, n_features), g.reshape(n_tokens, -1)
+    w_IO = w.reshape(n_features, -1).astype(g.dtype)
+    contract = jax.lax.dot_general
+    dx_TI = contract(g_TO, w_IO, (((1,), (1,)), ((), ())))
+    dw_IO = contract(
+        x_TI, g_TO, (((0,), (0,)), ((), ())), preferred_element_type=w.dtype
+    )
+    return dx_TI.reshape(x.shape), dw_IO.reshape(w.shape)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
 class Linear(nnx.Module):
     """y = x W + b over the trailing dims of x, which may be several: (H, D) -> (E,)."""
 
@@ -47,8 +79,7 @@ class Linear(nnx.Module):
         self.bias = param(cfg, dims_bias, init.bias(cfg, fans)) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        weight = self.weight[...].astype(self.dtype)
-        y = jnp.tensordot(x.astype(self.dtype), weight, axes=self.n_in)
+        y = matmul(x.astype(self.dtype), self.weight[...], self.n_in)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(self.dtype)
@@ -106,11 +137,30 @@ class Embedding(nnx.Module):
         self.weight = param(cfg, (rows, (cfg.d_model, "embed")), initializer)
 
 
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """x * Phi(x), exactly (erf). Keeps only x for the backward: half a GiB less for
+    2,048 tokens of 125M than jax.nn.gelu, whose erfc also takes three times an erf."""
+    return x * _normal_cdf(x)
+
+
+def _gelu_backward(x: jax.Array, g: jax.Array) -> tuple[jax.Array]:
+    density = jnp.exp(-0.5 * jnp.square(x)) * (2 * math.pi) ** -0.5
+    return (g * (_normal_cdf(x) + x * density),)
+
+
+def _normal_cdf(x: jax.Array) -> jax.Array:
+    return 0.5 * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
+
+
 def activation(cfg: ModelConfig, x: jax.Array) -> jax.Array:
     """The feed-forward activation, by its torch name."""
     act = cfg.ffn_config.ffn_act_fn
     if act.name == "gelu":
-        return jax.nn.gelu(x, approximate=act.approximate == "tanh")
+        return jax.nn.gelu(x) if act.approximate == "tanh" else gelu(x)
     if act.name == "quick_gelu":
         return x * jax.nn.sigmoid(1.702 * x)
     functions = {

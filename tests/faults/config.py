@@ -2,7 +2,7 @@
 
 tiny     24 steps of 5 ms, 0.4 MB a checkpoint: starts in 3 s of CPU time
 steady   24 steps of 50 ms: long enough to be hit between two of them
-heavy    12 steps, 100 MB a checkpoint: a save lasts 1 s
+heavy    16 steps, 100 MB a checkpoint: a save lasts 1 s
 text     like steady, on real text through SeqIO
 """
 
@@ -14,7 +14,7 @@ from mpt_jax import presets
 SIZES = {
     "tiny": (32, 64, 16, 8, 24, 6),
     "steady": (64, 256, 256, 16, 24, 12),
-    "heavy": (256, 32768, 8, 4, 12, 4),
+    "heavy": (256, 32768, 8, 4, 16, 4),
     "text": (64, 2048, 128, 16, 24, 12),
 }
 
