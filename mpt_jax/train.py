@@ -369,8 +369,9 @@ class Run:
             self.checkpoints.wait()
         if not self.finished:
             name = signal.Signals(self.stop.signal).name
+            done = f"saved step {self.step}" if self.step else "no step was done yet"
             self.progress.message(
-                f"{name}: saved step {self.step}; the same command goes on from there"
+                f"{name}: {done}; the same command goes on from there"
             )
 
     def _sample(self) -> None:

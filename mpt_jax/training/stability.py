@@ -41,6 +41,7 @@ class SpikeDetector:
         self._outliers = self._skips = 0
         self.reason = ""  # of the last verdict that was not OK, for the user
         self.bad_since = 0  # first step of the row of bad ones that it ended
+        self._outlier_since = self._skip_since = 0  # the rows may overlap
 
     def observe(self, step: int, loss: float, finite: bool) -> Verdict:
         """Judges ``step``; every step once, in order, also those that were skipped.
@@ -58,13 +59,14 @@ class SpikeDetector:
             return Verdict.OK
         self._outliers += 1
         if self._outliers == 1:
-            self.bad_since = step
+            self._outlier_since = step
         if self._outliers <= c.spike_patience:
             return Verdict.OK
         self.reason = (
             f"step {step}: loss {loss:.4f} is over {c.spike_factor:g} x {mean:.4f} "
             f"(mean of the last {c.spike_window}), {self._outliers} steps in a row"
         )
+        self.bad_since = self._outlier_since
         self._outliers = 0
         self._losses.clear()
         return Verdict.SPIKE
@@ -72,7 +74,8 @@ class SpikeDetector:
     def _observe_nonfinite(self, step: int, loss: float) -> Verdict:
         self._skips += 1
         if self._skips == 1:
-            self.bad_since = step
+            self._skip_since = step
+        self.bad_since = self._skip_since
         what = "gradient" if math.isfinite(loss) else "loss"
         self.reason = (
             f"step {step}: {what} is not finite, {self._skips} in a row "
@@ -87,11 +90,13 @@ class SpikeDetector:
             "losses": list(self._losses),
             "outliers": self._outliers,
             "skips": self._skips,
-            "bad_since": self.bad_since,
+            "outlier_since": self._outlier_since,
+            "skip_since": self._skip_since,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from ``state``; a changed spike_window keeps the newest losses."""
         self._losses = deque(state["losses"], maxlen=self._config.spike_window)
         self._outliers, self._skips = state["outliers"], state["skips"]
-        self.bad_since = state["bad_since"]
+        self._outlier_since = state["outlier_since"]
+        self._skip_since = state["skip_since"]

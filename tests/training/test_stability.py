@@ -112,3 +112,15 @@ def test_state_loads_into_a_smaller_window():
     small = detector(spike_window=2, spike_patience=0)
     small.load_state_dict(d.state_dict())
     assert small.observe(5, 3.0, True) is SPIKE
+
+
+def test_a_spike_began_at_its_first_outlier_whatever_came_between():
+    config = StabilityConfig(spike_window=2, spike_patience=1, max_skips=5)
+    detector = SpikeDetector(config)
+    losses = [1.0, 1.0, 9.0, float("nan"), 9.0]
+    verdicts = [
+        detector.observe(step, loss, finite=loss == loss)
+        for step, loss in enumerate(losses, start=1)
+    ]
+    assert verdicts[-1] is Verdict.SPIKE
+    assert detector.bad_since == 3
