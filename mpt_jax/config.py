@@ -154,8 +154,8 @@ class ModelConfig:
                                 "and loss stay float32")  # fmt: skip
     param_dtype: DType = knob("float32", "stored parameters (moments are float32)")
     remat: RematPolicy = knob(
-        "none", "backward recomputes: nothing; all but attention outputs; all but "
-        "matmul outputs; whole blocks"
+        "none", "backward recomputes: nothing; all but attention; all but attention "
+        "and matmuls; whole blocks"
     )  # fmt: skip
     scan_layers: bool = knob(True, "one compiled block, scanned (compiles 10x faster)")
     attention: Literal["auto", "xla", "tpu", "gpu", "reference"] = knob(

@@ -275,10 +275,13 @@ def _remat(
     policies = jax.checkpoint_policies
     if cfg.remat == "none":
         return block
+    attention = policies.save_only_these_names(*RESIDUAL_NAMES)
     policy = {
         "full": policies.nothing_saveable,
-        "dots": policies.dots_with_no_batch_dims_saveable,
-        "attention": policies.save_only_these_names(*RESIDUAL_NAMES),
+        "attention": attention,
+        "dots": policies.save_from_both_policies(
+            policies.dots_with_no_batch_dims_saveable, attention
+        ),
     }[cfg.remat]
     # Inside scan there is no CSE across iterations to prevent.
     return jax.checkpoint(block, policy=policy, prevent_cse=not cfg.scan_layers)
