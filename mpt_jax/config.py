@@ -238,7 +238,6 @@ for _moe in ("moe_num_experts", "moe_top_k", "moe_loss_weight", "moe_jitter_eps"
              "glu_impl"):  # fmt: skip
     FOREIGN_FIELDS[f"ffn_config.{_moe}"] = ((), "mixture of experts is not supported")
 FOREIGN_VALUES = {
-    ("attn_config.attn_temperature_tuning.attn_scale", 0.0): "",
     ("ffn_config.ffn_type", "te_ln_mlp"): "Transformer Engine is not supported",
     ("ffn_config.ffn_type", "torch_dmoe"): "mixture of experts is not supported",
     ("ffn_config.ffn_type", "mb_moe"): "mixture of experts is not supported",

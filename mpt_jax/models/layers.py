@@ -180,9 +180,3 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 def split_key(key: jax.Array | None, n: int) -> tuple[jax.Array | None, ...]:
     return (None,) * n if key is None else tuple(jax.random.split(key, n))
-
-
-def linear_fans(dims_in: tuple[Dim, ...], dims_out: tuple[Dim, ...]) -> Fans:
-    return Fans(
-        math.prod(size for size, _ in dims_in), math.prod(size for size, _ in dims_out)
-    )

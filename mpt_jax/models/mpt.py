@@ -258,11 +258,13 @@ def _embed(
                 f"tokens_BL: length {length} is over max_seq_len {cfg.max_seq_len}, "
                 "where the learned positions end"
             )
-        position_BL = jnp.arange(length)[None]
-        if segment_ids_BL is not None:  # left padding does not count
+        wpe_SE = params["wpe"]["weight"].astype(dtype)
+        if segment_ids_BL is None:
+            x_BLE = x_BLE + wpe_SE[None, :length]
+        else:  # left padding does not count
             padding_BL = jnp.cumsum(segment_ids_BL == 0, axis=1)
-            position_BL = jnp.maximum(position_BL - padding_BL, 0)
-        x_BLE = x_BLE + params["wpe"]["weight"].astype(dtype)[position_BL]
+            position_BL = jnp.maximum(jnp.arange(length)[None] - padding_BL, 0)
+            x_BLE = x_BLE + wpe_SE[position_BL]
     if cfg.embedding_fraction < 1:  # GLM-130B (arXiv 2210.02414), section 2.2
         f = cfg.embedding_fraction
         x_BLE = x_BLE * f + jax.lax.stop_gradient(x_BLE) * (1 - f)

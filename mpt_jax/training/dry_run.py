@@ -46,11 +46,8 @@ def _parameters(config: TrainConfig) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         for row in rows
     ]
-    return [*(line.rstrip() for line in table), "", _total(config)]
-
-
-def _total(config: TrainConfig) -> str:
-    return f"parameters    {mpt.count_params(config.model):,}"
+    total = f"parameters    {mpt.count_params(config.model):,}"
+    return [*(line.rstrip() for line in table), "", total]
 
 
 def _tokens(config: TrainConfig) -> list[str]:
