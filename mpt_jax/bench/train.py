@@ -26,13 +26,6 @@ from mpt_jax.config import TrainConfig
 from mpt_jax.errors import EXIT_OK, ConfigError, run_verb
 from mpt_jax.validate import check_mesh
 
-# llm-foundry@8c8dd48:scripts/train/benchmarking/README.md, 8 GPUs, learned positions,
-# flash attention: (preset, length) -> {GPU: (tokens/s per GPU, MFU)}.
-PUBLISHED = {
-    ("mpt-1b", 2048): {"H100": (45455, 0.418), "A100": (20513, 0.599)},
-    ("mpt-7b-foundry", 2048): {"H100": (10643, 0.464), "A100": (4641, 0.642)},
-}
-
 
 def main(argv: Sequence[str]) -> int:
     parser = cli.Parser(prog="python -m mpt_jax.bench.train", description=__doc__)
