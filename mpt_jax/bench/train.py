@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
         shape = {"global_batch_size": flags.batch, "data.seq_len": flags.seq_len}
         given = {k: str(v) for k, v in shape.items() if v is not None}
         if flags.data == "synthetic":
-            given["data.source"] = "synthetic"
+            given |= {"data.source": "synthetic", "sample.max_tokens": "0"}
         config = cli.load_config(flags.config, {**given, **overrides})
         result = bench(
             config, rounds=flags.rounds, steps=flags.steps, peer=flags.peer is not None
