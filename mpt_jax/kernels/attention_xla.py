@@ -193,18 +193,18 @@ def _dropout(
 def _flash(
     plan: _Plan, q_BLHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, x: Operands
 ) -> tuple[jax.Array, jax.Array]:
-    B, L, H, D = q_BLHD.shape
-    K, G = k_BSKD.shape[2], H // k_BSKD.shape[2]
+    K, L = k_BSKD.shape[2], q_BLHD.shape[1]
     acc_dtype = _accumulator(q_BLHD)
-    q_BLKGD = _pad_rows(plan, q_BLHD.reshape(B, L, K, G, D))
-    k_BSKD, v_BSKD, x = _pad_operands(plan, k_BSKD, v_BSKD, x)
+    q_BKGLD = _rows_by_head(plan, q_BLHD, K)
+    k_BKSD, v_BKSD, x = _columns_by_head(plan, k_BSKD, v_BSKD, x)
 
     def row_block(i, outputs):
-        q_BKGQD = _rows(plan, q_BLKGD, i)
+        q_BKGQD = _cut(q_BKGLD, i, plan.block_q, axis=3)
 
         def column_block(j, state):
             top, total, acc = state
-            k_BKTD, v_BKTD = _columns(plan, k_BSKD, j), _columns(plan, v_BSKD, j)
+            k_BKTD = _cut(k_BKSD, j, plan.block_k, axis=2)
+            v_BKTD = _cut(v_BKSD, j, plan.block_k, axis=2)
             qk = _einsum("bkgqd,bktd->bkgqt", q_BKGQD, k_BKTD)
             _, s = _logits(plan, x, qk, i, j)
             new_top = jnp.maximum(top, s.max(-1, keepdims=True))
@@ -215,17 +215,19 @@ def _flash(
             acc = acc * shrink + _einsum("bkgqt,bktd->bkgqd", kept, v_BKTD)
             return new_top, total, acc
 
-        zeros = jnp.zeros((B, K, G, plan.block_q, 1), acc_dtype)
+        zeros = jnp.zeros((*q_BKGQD.shape[:-1], 1), acc_dtype)
         start = zeros - jnp.inf, zeros, jnp.zeros(q_BKGQD.shape, acc_dtype)
         top, total, acc = _over_columns(plan, x, i, column_block, start)
         out = (acc / _nonzero(total)).astype(q_BLHD.dtype)
         lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(_nonzero(total)))
-        out_BLKGD, lse_BLKG1 = outputs
-        return _put_rows(plan, out_BLKGD, i, out), _put_rows(plan, lse_BLKG1, i, lse)
+        return tuple(
+            _put(a, i * plan.block_q, block, axis=3)
+            for a, block in zip(outputs, (out, lse), strict=True)
+        )
 
-    outputs = jnp.zeros_like(q_BLKGD), jnp.zeros((*q_BLKGD.shape[:4], 1), acc_dtype)
+    outputs = jnp.zeros_like(q_BKGLD), jnp.zeros((*q_BKGLD.shape[:4], 1), acc_dtype)
     out, lse = _loop(0, plan.row_blocks, plan.row_blocks, row_block, outputs)
-    return out[:, :L].reshape(B, L, H, D), lse[:, :L].reshape(B, L, H)
+    return _rows_by_position(out, L), _rows_by_position(lse, L)[..., 0]
 
 
 def _flash_forward(plan, q_BLHD, k_BSKD, v_BSKD, x):
@@ -241,8 +243,7 @@ def _flash_backward(plan, residuals, cotangents):
     """
     q_BLHD, k_BSKD, v_BSKD, x, out_BLHD, lse_BLH = residuals
     dout_BLHD, dlse_BLH = cotangents
-    B, L, H, D = q_BLHD.shape
-    K, G = k_BSKD.shape[2], H // k_BSKD.shape[2]
+    K, L = k_BSKD.shape[2], q_BLHD.shape[1]
     acc_dtype = _accumulator(q_BLHD)
     delta_BLH = (dout_BLHD.astype(acc_dtype) * out_BLHD).sum(-1) - dlse_BLH
     # A row that sees nothing, or is padding, has lse +inf here: then p = 0.
@@ -250,20 +251,20 @@ def _flash_backward(plan, residuals, cotangents):
     lse_BLH = jnp.where(empty, jnp.inf, lse_BLH)
     delta_BLH = jnp.where(empty, 0, delta_BLH)
 
-    q, dout = (_pad_rows(plan, a.reshape(B, L, K, G, D)) for a in (q_BLHD, dout_BLHD))
-    lse, delta = (
-        _pad_rows(plan, a.reshape(B, L, K, G, 1), value)
-        for a, value in ((lse_BLH, jnp.inf), (delta_BLH, 0))
-    )
-    k_BSKD, v_BSKD, x = _pad_operands(plan, k_BSKD, v_BSKD, x)
+    q, dout = _rows_by_head(plan, q_BLHD, K), _rows_by_head(plan, dout_BLHD, K)
+    lse = _rows_by_head(plan, lse_BLH[..., None], K, jnp.inf)
+    delta = _rows_by_head(plan, delta_BLH[..., None], K)
+    k_BKSD, v_BKSD, x = _columns_by_head(plan, k_BSKD, v_BSKD, x)
 
     def row_block(i, grads):
-        q_BKGQD, dout_BKGQD = _rows(plan, q, i), _rows(plan, dout, i)
-        lse_i, delta_i = _rows(plan, lse, i), _rows(plan, delta, i)
+        q_BKGQD, dout_BKGQD, lse_i, delta_i = (
+            _cut(a, i, plan.block_q, axis=3) for a in (q, dout, lse, delta)
+        )
 
         def column_block(j, state):
             dq, dk, dv = state
-            k_BKTD, v_BKTD = _columns(plan, k_BSKD, j), _columns(plan, v_BSKD, j)
+            k_BKTD = _cut(k_BKSD, j, plan.block_k, axis=2)
+            v_BKTD = _cut(v_BKSD, j, plan.block_k, axis=2)
             qk = _einsum("bkgqd,bktd->bkgqt", q_BKGQD, k_BKTD)
             capped, s = _logits(plan, x, qk, i, j)
             p = jnp.exp(s - lse_i)
@@ -275,21 +276,24 @@ def _flash_backward(plan, residuals, cotangents):
             kept, ds = (p * drop).astype(dout_BKGQD.dtype), ds.astype(q_BKGQD.dtype)
             dq = dq + _einsum("bkgqt,bktd->bkgqd", ds, k_BKTD)
             # This way round XLA transposes q and dout, not the larger ds and p.
-            dk_j = _einsum("bkgqd,bkgqt->bkdt", q_BKGQD, ds).swapaxes(2, 3)
-            dv_j = _einsum("bkgqd,bkgqt->bkdt", dout_BKGQD, kept).swapaxes(2, 3)
+            dk_j = _einsum("bkgqd,bkgqt->bkdt", q_BKGQD, ds)
+            dv_j = _einsum("bkgqd,bkgqt->bkdt", dout_BKGQD, kept)
             return dq, _add_columns(plan, dk, j, dk_j), _add_columns(plan, dv, j, dv_j)
 
         dq, dk, dv = grads
         start = jnp.zeros(q_BKGQD.shape, acc_dtype), dk, dv
         dq_i, dk, dv = _over_columns(plan, x, i, column_block, start)
-        return _put_rows(plan, dq, i, dq_i.astype(dq.dtype)), dk, dv
+        dq_i = dq_i.astype(dq.dtype)
+        return _put(dq, i * plan.block_q, dq_i, axis=3), dk, dv
 
-    dkv = jnp.zeros(k_BSKD.shape, acc_dtype)
+    dkv = jnp.zeros_like(k_BKSD.swapaxes(2, 3), acc_dtype)
     grads = jnp.zeros_like(q), dkv, dkv
     dq, dk, dv = _loop(0, plan.row_blocks, plan.row_blocks, row_block, grads)
-    S = plan.n_columns
-    dk, dv = dk[:, :S].astype(k_BSKD.dtype), dv[:, :S].astype(v_BSKD.dtype)
-    return dq[:, :L].reshape(B, L, H, D), dk, dv, None
+    dk, dv = (
+        a_BKDS[..., : plan.n_columns].transpose(0, 3, 1, 2).astype(k_BSKD.dtype)
+        for a_BKDS in (dk, dv)
+    )
+    return _rows_by_position(dq, L), dk, dv, None
 
 
 _flash.defvjp(_flash_forward, _flash_backward)
@@ -341,53 +345,61 @@ def _loop(
     return body(0, carry) if count == 1 else lax.fori_loop(low, high, body, carry)
 
 
-def _rows(plan: _Plan, a_BLKGD: jax.Array, i: ArrayLike) -> jax.Array:
-    return _cut(a_BLKGD, i, plan.block_q).transpose(0, 2, 3, 1, 4)
+# Heads before positions, so that a block is a matrix per head in one piece.
 
 
-def _put_rows(
-    plan: _Plan, a_BLKGD: jax.Array, i: ArrayLike, a_BKGQD: jax.Array
+def _rows_by_head(
+    plan: _Plan, a_BLHD: jax.Array, n_kv_heads: int, value: float = 0
 ) -> jax.Array:
-    rows = a_BKGQD.transpose(0, 3, 1, 2, 4)
-    return lax.dynamic_update_slice_in_dim(a_BLKGD, rows, i * plan.block_q, axis=1)
+    """(B, K, G, padded L, D)"""
+    B, L, H, D = a_BLHD.shape
+    a_BKGLD = a_BLHD.transpose(0, 2, 1, 3).reshape(B, n_kv_heads, H // n_kv_heads, L, D)
+    return _pad(a_BKGLD, plan.row_blocks * plan.block_q, value, axis=3)
 
 
-def _columns(plan: _Plan, a_BSKD: jax.Array, j: ArrayLike) -> jax.Array:
-    return _cut(a_BSKD, j, plan.block_k).transpose(0, 2, 1, 3)
+def _rows_by_position(a_BKGLD: jax.Array, length: int) -> jax.Array:
+    B, K, G, _, D = a_BKGLD.shape
+    a_BLKGD = a_BKGLD[:, :, :, :length].transpose(0, 3, 1, 2, 4)
+    return a_BLKGD.reshape(B, length, K * G, D)
 
 
-def _add_columns(
-    plan: _Plan, a_BSKD: jax.Array, j: ArrayLike, a_BKTD: jax.Array
-) -> jax.Array:
-    columns = _cut(a_BSKD, j, plan.block_k) + a_BKTD.transpose(0, 2, 1, 3)
-    return lax.dynamic_update_slice_in_dim(a_BSKD, columns, j * plan.block_k, axis=1)
-
-
-def _cut(a: jax.Array, block: ArrayLike, size: int) -> jax.Array:
-    """One block of dim 1, where every array here has its rows or columns."""
-    return lax.dynamic_slice_in_dim(a, block * size, size, axis=1)
-
-
-def _pad_rows(plan: _Plan, a: jax.Array | None, value: float = 0) -> jax.Array | None:
-    return _pad(a, plan.row_blocks * plan.block_q, value)
-
-
-def _pad_operands(
+def _columns_by_head(
     plan: _Plan, k_BSKD: jax.Array, v_BSKD: jax.Array, x: Operands
 ) -> tuple[jax.Array, jax.Array, Operands]:
+    """k and v as (B, K, padded S, D), and the operands padded alike."""
     width = plan.column_blocks * plan.block_k
+    k_BKSD, v_BKSD = (
+        _pad(a.transpose(0, 2, 1, 3), width, axis=2) for a in (k_BSKD, v_BSKD)
+    )
     x = x._replace(
-        q_segment_ids_BL=_pad_rows(plan, x.q_segment_ids_BL),
+        q_segment_ids_BL=_pad(x.q_segment_ids_BL, plan.row_blocks * plan.block_q),
         kv_segment_ids_BS=_pad(x.kv_segment_ids_BS, width),
         prefix_mask_BS=_pad(x.prefix_mask_BS, width),
     )
-    return _pad(k_BSKD, width), _pad(v_BSKD, width), x
+    return k_BKSD, v_BKSD, x
 
 
-def _pad(a: jax.Array | None, length: int, value: float = 0) -> jax.Array | None:
-    if a is None or a.shape[1] == length:
+def _add_columns(
+    plan: _Plan, a_BKDS: jax.Array, j: ArrayLike, a_BKDT: jax.Array
+) -> jax.Array:
+    columns = _cut(a_BKDS, j, plan.block_k, axis=3) + a_BKDT
+    return _put(a_BKDS, j * plan.block_k, columns, axis=3)
+
+
+def _cut(a: jax.Array, block: ArrayLike, size: int, axis: int = 1) -> jax.Array:
+    return lax.dynamic_slice_in_dim(a, block * size, size, axis=axis)
+
+
+def _put(a: jax.Array, start: ArrayLike, block: jax.Array, axis: int) -> jax.Array:
+    return lax.dynamic_update_slice_in_dim(a, block, start, axis=axis)
+
+
+def _pad(
+    a: jax.Array | None, length: int, value: float = 0, axis: int = 1
+) -> jax.Array | None:
+    if a is None or a.shape[axis] == length:
         return a
-    widths = [(0, length - a.shape[1] if axis == 1 else 0) for axis in range(a.ndim)]
+    widths = [(0, length - n if d == axis else 0) for d, n in enumerate(a.shape)]
     return jnp.pad(a, widths, constant_values=value)
 
 

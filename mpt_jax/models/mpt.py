@@ -233,9 +233,18 @@ def hidden_states(
     if cfg.scan_layers:
         x_BLE, _ = jax.lax.scan(lambda x, layer: (block(x, layer), None), x_BLE, layers)
     else:
-        for i in range(cfg.n_layers):
-            x_BLE = block(x_BLE, jax.tree.map(lambda a, i=i: a[i], layers))
+        for layer in _unstack(layers, cfg.n_layers):
+            x_BLE = block(x_BLE, layer)
     return _bind(Norm(cfg, ((cfg.d_model, "norm"),)), params["norm_f"])(x_BLE)
+
+
+def _unstack(layers: Any, n: int) -> Iterator[Any]:
+    """Each layer's tree. One split per leaf, whose gradient is one concatenation: that
+    of n indexings is n sums over all layers."""
+    leaves, treedef = jax.tree.flatten(layers)
+    parts = [jax.lax.split(a, (1,) * n) for a in leaves]
+    for one in zip(*parts, strict=True):
+        yield treedef.unflatten([a[0] for a in one])
 
 
 def _embed(

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mpt_jax import optim, partitioning
+from mpt_jax import optim, partitioning, runtime
 from mpt_jax.config import LossConfig, ModelConfig, TrainConfig
 from mpt_jax.models import mpt
 from mpt_jax.objectives import LossSums, next_token_loss
@@ -133,6 +133,7 @@ def make_program(
             donate_argnums=0,
             in_shardings=(shardings, batch_sharding),
             out_shardings=(shardings, replicated),
+            compiler_options=runtime.compiler_options(mesh),
         ),
         evaluate=jax.jit(
             lambda params, batch: objective(params, batch, None),
