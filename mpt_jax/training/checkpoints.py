@@ -69,7 +69,7 @@ class Checkpoints:
         self._config = config
         self._primary = jax.process_index() == 0
         self._remote = disk.is_remote(self.directory)
-        self._abandoned: set[int] = set()  # damaged, or of a future rolled back
+        self._abandoned: set[int] = set()  # damaged, or newer than a damaged one
         self._timer: float | None = None
         self._saving: concurrent.futures.Future[None] | None = None
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoints")
@@ -96,7 +96,8 @@ class Checkpoints:
         """The newest valid step (below ``before``) to resume from; None: start afresh.
 
         Logs each damaged step that it skips. All newer steps, damaged or not, are given
-        up: later saves replace and remove them.
+        up: later saves replace and remove them. With ``before``, a rollback, they go at
+        once: a crash before the next save must not resume from them.
 
         Raises: CheckpointError: there are steps, all of them damaged.
         """
@@ -115,7 +116,12 @@ class Checkpoints:
             raise refusal or CheckpointError("process 0 found only damaged checkpoints")
         if answer >= 0 and stored is None:
             stored = disk.open_step(self._path(answer), verify=False)
-        self._abandoned |= {s for s in self.steps() if s > answer}
+        newer = {s for s in self.steps() if s > answer}
+        if before is not None and stored is not None and self._primary:
+            for step in newer:
+                self._remove(step)
+            newer = set()
+        self._abandoned |= newer
         self.last_step = stored.step if stored else None
         return stored
 

@@ -216,16 +216,17 @@ def test_a_run_that_does_not_resume_is_refused(tmp_path):
         save(checkpoints, 6)
 
 
-def test_rolling_back_replaces_the_abandoned_steps(tmp_path):
+def test_rolling_back_removes_the_abandoned_steps(tmp_path):
     struct = abstract(make_params(0))
     with Checkpoints(tmp_path, CheckpointConfig(keep=2)) as checkpoints:
         for step in (10, 20):
             save(checkpoints, step)
         checkpoints.latest_valid().restore_params(struct)  # fills any cache
         assert checkpoints.latest_valid(before=20).step == 10
-        assert checkpoints.latest_valid().step == 10  # not back into the future
+        assert checkpoints.steps() == [10]  # a crash now must not resume from step 20
+        assert checkpoints.latest_valid().step == 10
         save(checkpoints, 15)
-        assert checkpoints.steps() == [10, 15]  # keep=2 did not count step 20
+        assert checkpoints.steps() == [10, 15]
         save(checkpoints, 20, params=make_params(99))
     assert_bitwise_equal(restore_params(tmp_path, struct), make_params(99))
 
