@@ -161,7 +161,7 @@ def _serve(
         while True:
             run(pipe.recv())
             pipe.send(None)
-    except EOFError:  # the other side is done
+    except (EOFError, BrokenPipeError):  # the other side is done
         pass
     except Exception as error:
         pipe.send(error)
