@@ -30,6 +30,7 @@ INSTALL_REQUIRES = [
     "optax>=0.2.8,<0.3",  # <0.3: its state trees are written into our checkpoints
     # <0.13: we use orbax.checkpoint.v1, which may still change before 1.0
     "orbax-checkpoint>=0.12.8,<0.13",
+    "pyarrow>=17",  # Parquet, and JSON lines in zstd
     "rich>=13",
     "safetensors>=0.7,<0.9",  # <0.9: 0.9 is a release candidate
     # <0.2.3: 0.2.3 needs protobuf 7 at import, apache-beam allows only protobuf 6,

@@ -250,20 +250,41 @@ FOREIGN_VALUES = {
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    source: Literal["seqio", "synthetic"] = knob(
-        "seqio", "SeqIO tasks, or seeded random tokens (no TensorFlow needed)"
-    )
+    source: Literal["seqio", "prepared", "synthetic"] = knob(
+        "seqio", "SeqIO tasks, what the prepare verb wrote, or seeded random tokens "
+        "(no TensorFlow needed)"
+    )  # fmt: skip
     tasks: tuple[str, ...] = knob(
-        ("stdlib_code", "stdlib_prose"), "names in mpt_jax/data/tasks.py"
+        ("stdlib_code", "stdlib_prose"),
+        "names in mpt_jax/data/tasks.py, or FORMAT:PATH?key=value&... of "
+        "mpt_jax/data/sources.py; of prepared data, the names of its sources",
     )
-    rates: tuple[float, ...] = knob((0.5, 0.5), "mixture rate of each task")
+    rates: tuple[float, ...] = knob(
+        (), "share of each task in the tokens, relative; () is equal shares"
+    )
+    epochs: tuple[float, ...] = knob(
+        (), "epochs of each source over the run, instead of rates (prepared data only)"
+    )
+    prepared: str = knob("", "directory that the prepare verb wrote")
     tokenizer: str = knob(
         "stdlib",
         "'stdlib' (SentencePiece trained once on the embedded corpus, cached), "
-        "'bytes', or the path of a SentencePiece .model",
+        "'bytes', a SentencePiece .model, a tokenizer.json of Hugging Face (GPT-NeoX) "
+        "or its hub name; '+chatml' at the end appends <|im_start|> and <|im_end|>",
     )
     tokenizer_vocab_size: int = knob(2048, "size of the 'stdlib' tokenizer")
     seq_len: int | None = knob(None, "tokens per row; default model.max_seq_len")
+    packing: Literal["mpt", "bins"] = knob(
+        "mpt", "documents of one task end to end, cut every seq_len tokens; or whole "
+        "documents into the rows where they fit best"
+    )  # fmt: skip
+    on_long: Literal["split", "truncate"] = knob(
+        "split", "a document longer than a row: goes on in the next, or is cut off"
+    )
+    max_bad_fraction: float = knob(
+        0.0, "share of rows that are not text (bad JSON, not UTF-8, empty ...) past "
+        "which reading stops; those below it are skipped and reported"
+    )  # fmt: skip
     shuffle_buffer: int = knob(
         1024, "rows shuffled in memory per task; 0: neither rows nor documents are"
     )
@@ -326,7 +347,7 @@ class EvalConfig:
     every_steps: int | None = knob(
         None, "validation every so many steps, and at the end"
     )
-    batches: int = knob(8, "validation batches, the same ones each time")
+    batches: int = knob(8, "validation batches, the same ones each time; 0 is off")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -417,6 +438,7 @@ class TrainConfig:
 RESUME_FREE = (
     "steps", "tokens", "watchdog_seconds", "compilation_cache", "mesh", "checkpoint",
     "eval", "log", "stability", "sample", "supervise", "data.cache_dir", "microbatches",
+    "data.prepared", "data.max_bad_fraction",
     "model.remat", "model.scan_layers", "model.attention", "loss.chunk_tokens",
 )  # fmt: skip
 
@@ -494,7 +516,7 @@ def _from_text(hint: Any, text: str) -> Any:
     return str(text)
 
 
-def _suggest(name: str, names: typing.Iterable[str]) -> str:
+def suggest(name: str, names: typing.Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
     return f'; did you mean "{close[0]}"?' if close else ""
 
@@ -533,7 +555,7 @@ def _build(
         in_model = full.removeprefix(model_path) if model_path is not None else ""
         if name not in fields:
             if not _is_foreign(in_model, value, problems, model_path or ""):
-                problems.append(f"{full}: unknown field{_suggest(name, fields)}")
+                problems.append(f"{full}: unknown field{suggest(name, fields)}")
             continue
         hint = hints[name]
         if dataclasses.is_dataclass(hint):

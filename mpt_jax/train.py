@@ -196,9 +196,8 @@ class Run:
         import jax
 
         config, struct = self.config, self.program.struct
+        self.progress.message(self.source.describe())
         if self.stored is not None:
-            for step, reason in self.stored.skipped:
-                self.progress.message(f"checkpoint {step} is damaged: {reason}")
             self._restore(self.stored, rewind_data=True)
             self.progress.message(f"resumed from {self.stored.path}")
             return
@@ -251,16 +250,18 @@ class Run:
         pending = None
         # A signal that comes after a step was dispatched stops once it is settled.
         while not (self.finished or (self.stop.signal and pending is None)):
-            with self.meter.data_wait():
+            with self.meter.data_wait(), self.watchdog.waiting_for(self.source.name):
                 batch = self._device_batch(next(self.source))
+            seen = self.source.metrics()  # of this batch, too
             compiling = contextlib.nullcontext() if self.warm else self.watchdog.pause()
             with compiling:
                 self.state, metrics = self.program.step(self.state, batch)
             self.step += 1
-            settled, pending = pending, (self.step, metrics)
+            settled, pending = pending, (self.step, metrics, seen)
             save = self.checkpoints.due(self.step, now=time.monotonic())
             every = self.config.eval.every_steps
             evaluate = self.finished or bool(every and self.step % every == 0)
+            evaluate = evaluate and self.config.eval.batches > 0
             good = settled is None or self._settle(*settled)
             if good and (save or evaluate or self.stop.signal):
                 good, pending = self._settle(*pending), None
@@ -281,7 +282,9 @@ class Run:
         put = jax.make_array_from_process_local_data
         return {k: put(self.program.batch_sharding, v) for k, v in batch.items()}
 
-    def _settle(self, step: int, metrics: dict[str, Any]) -> bool:
+    def _settle(
+        self, step: int, metrics: dict[str, Any], seen: dict[str, float]
+    ) -> bool:
         """Reads a finished step's metrics; False when it calls for a rollback."""
         import jax
 
@@ -294,7 +297,7 @@ class Run:
             self.warm = True
         every = self.config.log.every_steps
         if step % every == 0 or step in (1, self.config.total_steps) or not finite:
-            values |= self.meter.log(step).metrics()
+            values |= self.meter.log(step).metrics() | seen
             self.writer.write(step, {**values, "finite": int(finite)})
             self.progress.update(step, values)
         verdict = self.detector.observe(step, values["loss"], finite=finite)

@@ -13,7 +13,7 @@ import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mpt_jax.config import InitConfig, ModelConfig, TrainConfig
+    from mpt_jax.config import DataConfig, InitConfig, ModelConfig, TrainConfig
 
 
 def _require(problems: list[str], ok: bool, message: str) -> None:
@@ -151,7 +151,7 @@ def check(c: TrainConfig) -> list[str]:
         ("checkpoint.every_steps", 1),
         ("checkpoint.keep", 1),
         ("eval.every_steps", 1),
-        ("eval.batches", 1),
+        ("eval.batches", 0),
         ("log.every_steps", 1),
         ("stability.max_skips", 0),
         ("stability.spike_window", 1),
@@ -179,12 +179,7 @@ def check(c: TrainConfig) -> list[str]:
         len(c.optim.betas) == 2 and all(0 <= b < 1 for b in c.optim.betas),
         f"optim.betas: two numbers in [0, 1), got {c.optim.betas}",
     )
-    d = c.data
-    need(
-        len(d.rates) == len(d.tasks) and len(d.tasks) > 0,
-        f"data.rates: {len(d.rates)} rates for {len(d.tasks)} tasks",
-    )
-    need(all(r > 0 for r in d.rates), f"data.rates: must be > 0, got {d.rates}")
+    problems += check_data(c.data)
     need(
         not c.model.has_wpe or c.seq_len <= c.model.max_seq_len,
         f"data.seq_len: {c.seq_len} > model.max_seq_len {c.model.max_seq_len}, where "
@@ -196,6 +191,39 @@ def check(c: TrainConfig) -> list[str]:
         f"{c.global_batch_size}",
     )
     problems += check_mesh(c)
+    return problems
+
+
+def check_data(d: DataConfig) -> list[str]:
+    """Every impossible combination of the data knobs that needs no file to see."""
+    problems: list[str] = []
+    need = functools.partial(_require, problems)
+    need(len(d.tasks) > 0, "data.tasks: name at least one")
+    need(
+        len(d.rates) in (0, len(d.tasks)),
+        f"data.rates: {len(d.rates)} rates for {len(d.tasks)} tasks",
+    )
+    for name in ("rates", "epochs"):
+        values = getattr(d, name)
+        ok = all(v > 0 and math.isfinite(v) for v in values)
+        need(ok, f"data.{name}: must be > 0, got {values}")
+    prepared = d.source == "prepared"
+    need(
+        prepared == bool(d.prepared),
+        "data.prepared: a directory for data.source 'prepared', and only there; got "
+        f"{d.prepared!r} for {d.source!r}",
+    )
+    if d.epochs:
+        need(prepared, "data.epochs: only prepared data knows its size; use data.rates")
+        need(
+            len(d.epochs) == len(d.tasks),
+            f"data.epochs: {len(d.epochs)} epochs for {len(d.tasks)} tasks",
+        )
+        need(not d.rates, "data.epochs: epochs or rates; set data.rates to ()")
+    need(
+        0 <= d.max_bad_fraction < 1,
+        f"data.max_bad_fraction: a share in [0, 1), got {d.max_bad_fraction}",
+    )
     return problems
 
 

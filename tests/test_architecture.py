@@ -38,7 +38,9 @@ OWNERS = {
 }  # fmt: skip
 MAX_LINES, MAX_KERNEL_LINES = 800, 1000
 MAX_FUNCTION_LINES = 80  # with its docstring; the attention op's contract is longer
-MAX_REACHABLE_LINES = 7000
+# What one may have to read below train.py. The formats, the bad rows and the order of
+# data are a world of their own, behind the few names of data/feed.py.
+MAX_REACHABLE_LINES, MAX_REACHABLE_DATA_LINES = 6000, 3500
 
 
 @functools.cache
@@ -125,11 +127,13 @@ def test_little_code_is_reachable_from_train():
         seen.add(module)
         for name in imports(sources()[module]):
             queue += [name, name.rpartition(".")[0]]
-    lines = sum(
-        len((ROOT / (m.replace(".", "/") + ".py")).read_text().splitlines())
+    lines = {
+        m: len((ROOT / (m.replace(".", "/") + ".py")).read_text().splitlines())
         for m in seen
-    )
-    assert 1000 < lines <= MAX_REACHABLE_LINES
+    }
+    data = sum(n for m, n in lines.items() if room(m) == "data")
+    assert 1000 < data <= MAX_REACHABLE_DATA_LINES
+    assert 1000 < sum(lines.values()) - data <= MAX_REACHABLE_LINES
 
 
 def knobs(cls: type = TrainConfig) -> set[str]:

@@ -22,9 +22,16 @@ import mpt_jax
 ROOT = pathlib.Path(__file__).parents[1]
 PYTHONS = ["3.11", "3.12", "3.13"]
 EXTRAS = {"tpu", "cuda12", "cuda13", "hf", "beam", "notebooks", "aot", "dev"}
-# Import name -> distribution, where they differ; tensorflow comes with tensorflow-text.
-DISTRIBUTIONS = {"absl": "absl-py", "orbax": "orbax-checkpoint"}
-UNNAMED = {"tensorflow"}
+# Import name -> distribution, where they differ. tensorflow comes with tensorflow-text,
+# google.protobuf with tensorflow.
+DISTRIBUTIONS = {
+    "absl": "absl-py",
+    "apache_beam": "apache-beam",
+    "orbax": "orbax-checkpoint",
+}
+# What benchmarks compare with where it is installed; no part of the package uses it.
+PEERS = {"datasets", "streaming", "tokamax"}
+UNNAMED = {"tensorflow", "google"} | PEERS
 
 
 @functools.cache

@@ -1,8 +1,14 @@
 import hashlib
 import io
+import json
+import pickle
+import re
+import unicodedata
 
+import huggingface_hub
 import pytest
 import sentencepiece as spm
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,27 +36,58 @@ def sentencepiece(model) -> tokenizer.Tokenizer:
     return tokenizer.SentencePieceTokenizer(model)
 
 
-@pytest.fixture(params=["bytes", "sentencepiece"])
-def any_tokenizer(request, sentencepiece) -> tokenizer.Tokenizer:
-    return tokenizer.ByteTokenizer() if request.param == "bytes" else sentencepiece
+@pytest.fixture(scope="module")
+def neox_json() -> bytes:
+    """GPT-NeoX's tokenizer in small: same parts, EOS and padding are ids 0 and 1."""
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.normalizer = tokenizers.normalizers.NFC()
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>", "<|padding|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator([SOURCE], trainer)
+    library.add_tokens(["   ", "  "])  # runs of spaces, no special tokens
+    return library.to_str().encode()
+
+
+@pytest.fixture(scope="module")
+def neox(neox_json) -> tokenizer.HuggingFaceTokenizer:
+    return tokenizer.HuggingFaceTokenizer(neox_json)
+
+
+@pytest.fixture(params=["bytes", "sentencepiece", "neox", "neox+chatml"])
+def any_tokenizer(request, sentencepiece, neox, neox_json) -> tokenizer.Tokenizer:
+    if request.param == "neox+chatml":
+        return tokenizer.HuggingFaceTokenizer(neox_json, chatml=True)
+    kinds = {"bytes": tokenizer.ByteTokenizer(), "sentencepiece": sentencepiece}
+    return (kinds | {"neox": neox})[request.param]
 
 
 @pytest.mark.parametrize(
     "text",
     [SOURCE, "", " ", "\n", "\t\t\n  \n", "a\r\nb", "\0", "\ufeffx", "<|endoftext|>",
-     "  lead", "trail  ", "e\u0301 \ufb01 \u00a0", "\u2028", "</s><unk><0x41>"],
+     "  lead", "trail  ", "e\u0301 \ufb01 \u00a0", "\u2028", "</s><unk><0x41>",
+     "<|padding|>a<|endoftext|>", "<|im_start|>user\nhi<|im_end|>"],
 )  # fmt: skip
 def test_round_trip(any_tokenizer, text):
     ids = any_tokenizer.encode(text)
+    if isinstance(any_tokenizer, tokenizer.HuggingFaceTokenizer):
+        text = unicodedata.normalize("NFC", text)
     assert any_tokenizer.decode(ids) == text
+    assert any_tokenizer.encode_batch([text, "", text]) == [ids, [], ids]
     assert all(0 <= i < any_tokenizer.vocab_size for i in ids)
     assert any_tokenizer.eos_id not in ids  # not even for the text of the EOS piece
 
 
 @given(text=TEXT)
 @settings(deadline=None, max_examples=50)
-def test_round_trip_of_any_text(sentencepiece, text):
+def test_round_trip_of_any_text(sentencepiece, neox, text):
     assert sentencepiece.decode(sentencepiece.encode(text)) == text
+    assert neox.decode(neox.encode(text)) == unicodedata.normalize("NFC", text)
 
 
 def test_decode_skips_eos_and_marks_half_a_character(any_tokenizer):
@@ -100,3 +137,106 @@ def test_load_refuses_a_model_without_eos(tmp_path):
     )  # fmt: skip
     with pytest.raises(DataError, match="has no EOS"):
         tokenizer.SentencePieceTokenizer(out.getvalue())
+
+
+# ------------------------------------------------------------- Hugging Face, ChatML
+
+
+def test_special_tokens_are_only_what_the_program_writes(neox):
+    text = "a<|endoftext|>b"
+    assert 0 not in neox.encode(text)
+    assert neox.encode_special(text) == [*neox.encode("a"), 0, *neox.encode("b")]
+    assert 0 not in neox.encode(text)  # the two do not disturb each other
+    assert (neox.eos_id, neox.vocab_size) == (0, 302)
+
+
+def test_runs_of_spaces_are_tokens(neox):
+    assert neox.encode("   ") == [300]
+    assert neox.encode("a  b")[1] == 301
+
+
+def test_chatml_is_two_ids_after_the_vocabulary(neox, neox_json):
+    chat = tokenizer.HuggingFaceTokenizer(neox_json, chatml=True)
+    assert (chat.vocab_size, chat.eos_id) == (304, 0)
+    turn = "<|im_start|>user\nHi<|im_end|>"
+    ids = [302, *neox.encode("user\nHi"), 303]
+    assert chat.encode_special(turn) == ids
+    assert chat.decode(ids) == turn
+    assert chat.encode(turn) == neox.encode(turn)  # of a document it is plain text
+    assert chat.fingerprint != neox.fingerprint
+
+
+@pytest.mark.parametrize("kind", ["neox", "sentencepiece"])
+def test_a_tokenizer_can_be_sent_to_a_worker(kind, request):
+    original = request.getfixturevalue(kind)
+    copy = pickle.loads(pickle.dumps(original))
+    assert copy.encode(SOURCE) == original.encode(SOURCE)
+    assert copy.fingerprint == original.fingerprint
+
+
+def test_load_knows_files_folders_and_the_hub(tmp_path, neox_json, monkeypatch):
+    (tmp_path / "tokenizer.json").write_bytes(neox_json)
+    asked = []
+
+    def download(repository: str, file: str) -> str:
+        asked.append((repository, file))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    names = (str(tmp_path), str(tmp_path / "tokenizer.json"), "org/gpt-neox.20b")
+    loaded = [tokenizer.load(name + end) for name in names for end in ("", "+chatml")]
+    assert [t.vocab_size for t in loaded] == [302, 304] * 3
+    assert asked == [("org/gpt-neox.20b", "tokenizer.json")] * 2
+
+
+def test_load_says_what_the_hub_said(monkeypatch):
+    def download(repository: str, file: str) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("offline\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    with pytest.raises(DataError, match=r"^org/name: no such file, .*: offline\. Give"):
+        tokenizer.load("org/name")
+
+
+@pytest.mark.parametrize(
+    ("eos", "eos_id"), [('"<|padding|>"', 1), ('{"content": "<|padding|>"}', 1),
+                        ("null", 0)],
+)  # fmt: skip
+def test_the_file_beside_names_eos(tmp_path, neox_json, eos, eos_id):
+    (tmp_path / "tokenizer.json").write_bytes(neox_json)
+    (tmp_path / "tokenizer_config.json").write_text(f'{{"eos_token": {eos}}}')
+    assert tokenizer.load(str(tmp_path)).eos_id == eos_id
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not a tokenizer.json of Hugging Face"),
+        (b'{"version": "1.0"}', "not a tokenizer.json of Hugging Face"),
+        (None, "no end-of-text token: looked for <|endoftext|>"),
+    ],
+)
+def test_load_refuses_what_is_no_tokenizer(tmp_path, content, message):
+    if content is None:
+        content = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, [])).to_str()
+        content = content.encode()
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(DataError, match=re.escape(message)) as error:
+        tokenizer.load(str(tmp_path / "tokenizer.json"))
+    assert error.value.location == str(tmp_path / "tokenizer.json")
+
+
+def test_load_refuses_chatml_of_others(tmp_path, model):
+    (tmp_path / "m.model").write_bytes(model)
+    for name in (f"{tmp_path}/m.model+chatml", f"{tmp_path}/m.model+chat"):
+        with pytest.raises(DataError, match="chatml"):
+            tokenizer.load(name)
+    with pytest.raises(DataError, match="cannot read the tokenizer"):
+        tokenizer.load("bytes+chatml")
+
+
+def test_json_config_that_is_no_json(tmp_path, neox_json):
+    (tmp_path / "tokenizer.json").write_bytes(neox_json)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps([1]))
+    with pytest.raises(DataError, match=r"tokenizer_config\.json: cannot be read"):
+        tokenizer.load(str(tmp_path))

@@ -72,10 +72,8 @@ def bench(
     """
     import jax
 
-    from mpt_jax import partitioning, runtime
+    from mpt_jax import partitioning
 
-    if jax.default_backend() == "cpu":
-        runtime.keep_freed_memory()
     if problems := check_mesh(config, jax.device_count()):
         raise ConfigError(problems)
     device = jax.devices()[0]
@@ -129,8 +127,7 @@ def _beside(
 ) -> Iterator[Callable[[int], None]]:
     """``build(*args)``, a function, in a process of its own; yields its like here.
 
-    Two frameworks in one process share an allocator, and threads that wait by spinning:
-    that cost us a quarter of our speed and the peer a tenth of its own.
+    Two frameworks in one process share an allocator, and threads that wait by spinning.
     """
     spawn = multiprocessing.get_context("spawn")
     here, there = spawn.Pipe()

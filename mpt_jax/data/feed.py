@@ -1,23 +1,28 @@
 """Batches for one host, with a position that can be saved and restored exactly.
 
-Two sources: "seqio" (the mixture of tasks.py through tf.data) and "synthetic" (seeded
-tokens, no TensorFlow). A source gives host rows: of the global batch, process i of n
-holds the i-th part. TensorFlow is imported when a SeqIO source is opened.
+Three sources: "seqio" (the mixture of tasks.py through tf.data), "prepared" (tokens on
+disk, indexed.py) and "synthetic" (seeded tokens). A source gives host rows: of the
+global batch, process i of n holds the i-th part. TensorFlow is imported when a SeqIO
+source is opened, by the others never.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import tempfile
-from collections.abc import Iterator
+import weakref
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
 import numpy as np
 
 from mpt_jax.config import TrainConfig
-from mpt_jax.data import packing, position, tasks, vocab
+from mpt_jax.data import indexed, packing, position, tasks, vocab
+from mpt_jax.data.indexed import PreparedSource
+from mpt_jax.data.ledger import Ledger
 from mpt_jax.data.notes import note
 from mpt_jax.data.packing import Batch
 from mpt_jax.data.synthetic import SyntheticSource
@@ -29,9 +34,16 @@ if TYPE_CHECKING:
 
 Split: TypeAlias = Literal["train", "validation"]
 
+SEEN = "seen.json"  # of a position: tokens read, then those of each source
+
 
 class Source(Protocol):
-    """An endless (train) stream of host batches. Close it: see SeqioSource.close."""
+    """An endless (train) stream of host batches. Close it: see SeqioSource.close.
+
+    name: what it reads, for messages.
+    """
+
+    name: str
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -46,6 +58,18 @@ class Source(Protocol):
 
         Raises: CheckpointError: damaged, or of another run (with the differences).
         """
+        ...
+
+    def rows_of(self) -> list[str]:
+        """The source of each row of the last batch given; [] where there are none."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """What was read up to the last batch given: packing.shares, or nothing."""
+        ...
+
+    def describe(self) -> str:
+        """What this is, for the log; on what its order and positions depend."""
         ...
 
     def close(self) -> None: ...
@@ -79,17 +103,35 @@ def open_source(
     rows = _host_rows(config, host)
     if config.data.source == "synthetic":
         return SyntheticSource(config, split=split, rows=rows)
-    if problems := tasks.problems(config.data):
-        raise ConfigError(problems)
     if tokenizer is None:
-        raise ValueError("tokenizer: a SeqIO source needs one, got None")
+        raise ValueError(f"tokenizer: {config.data.source} needs one, got None")
+    if config.data.source == "seqio" and (problems := tasks.problems(config.data)):
+        raise ConfigError(problems)
+    if split == "validation" or config.eval.batches:  # now, not at the run's end
+        _check_validation(config)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise DataError(
             f"the tokenizer has {tokenizer.vocab_size} ids but model.vocab_size is "
             f"{config.model.vocab_size}; raise it to a multiple of 128 at or above",
             location="data.tokenizer",
         )
+    if config.data.source == "prepared":
+        return PreparedSource(config, split=split, tokenizer=tokenizer, rows=rows)
     return SeqioSource(config, split=split, tokenizer=tokenizer, host=host)
+
+
+def _check_validation(config: TrainConfig) -> None:
+    """Raises: DataError: no source of ``config`` has a validation split."""
+    if config.data.source == "prepared":
+        splits: dict[str, Collection[str]] = indexed.splits(config.data)
+    else:
+        splits = {n: c.splits for n, c in tasks.corpora(config.data).items()}
+    if not any("validation" in has for has in splits.values()):
+        raise DataError(
+            "no validation split; give a task validation= or holdout= in its spec, or "
+            "set eval.batches to 0",
+            location=", ".join(splits),
+        )
 
 
 def validation_batches(
@@ -145,17 +187,27 @@ class SeqioSource:
 
         self._config, self._split = config, split
         self._tokenizer, self._host = tokenizer, host
+        self._ledger = Ledger(config.data.max_bad_fraction)
+        self._names = tasks.names(config.data)
+        self.name = f"{split} split of {', '.join(self._names)}"
+        self._seen_S = np.zeros(len(self._names), np.int64)  # tokens of each source
+        self._source_B = np.zeros(0, np.int32)  # of the last batch
+        self._read = 0  # tokens of all rows, padding included
         self._header = position.header(
             config,
             split=split,
             tokenizer=tokenizer.fingerprint,
-            rates=dict(zip(config.data.tasks, config.data.rates, strict=True)),
+            rates=tasks.rates(config.data),
             text=tasks.fingerprints(config.data),
+            packing=config.data.packing,
+            on_long=config.data.on_long,
             shuffle_buffer=config.data.shuffle_buffer,
             process=f"{host[0]} of {host[1]}",
             tensorflow=tf.__version__,
         )
-        self._iterator: tf.data.Iterator | None = self._start()
+        # Emptied at exit, too: a live iterator over Python functions can hang it.
+        self._iterators: list[tf.data.Iterator] = [self._start()]
+        weakref.finalize(self, self._iterators.clear)
 
     def _start(self) -> tf.data.Iterator:
         """An iterator at the beginning, of a dataset of its own.
@@ -166,8 +218,10 @@ class SeqioSource:
 
         data, train = self._config.data, self._split == "train"
         with quiet():
-            rows = tasks.mixture(data, Vocabulary(self._tokenizer)).get_dataset(
-                {"tokens": self._config.seq_len},
+            vocabulary = Vocabulary(self._tokenizer)
+            mixture = tasks.mixture(data, vocabulary, ledger=self._ledger)
+            rows = mixture.get_dataset(
+                dict.fromkeys(packing.FEATURES[data.packing], self._config.seq_len),
                 split=self._split,
                 shuffle=train and data.shuffle_buffer > 0,
                 seed=self._config.seed if train else 0,
@@ -183,22 +237,35 @@ class SeqioSource:
         return self
 
     def __next__(self) -> Batch:
+        rows = self._next_rows()
+        tokens_BL, self._source_B = rows["tokens"], rows["source"]
+        packing.check_ids(
+            tokens_BL, vocab_size=self._tokenizer.vocab_size, location=self.name
+        )
+        if "segment_ids" in rows:
+            batch = packing.as_binned_batch(tokens_BL, rows["segment_ids"])
+        else:
+            batch = packing.as_batch(tokens_BL, eos_id=self._tokenizer.eos_id)
+        used_B = np.count_nonzero(batch["segment_ids"], axis=1)
+        np.add.at(self._seen_S, self._source_B, used_B)
+        self._read += tokens_BL.size
+        return batch
+
+    def _next_rows(self) -> dict[str, np.ndarray]:
         from mpt_jax.data.seqio_adapters import tf
 
         try:
-            tokens_BL = next(self._open())["tokens"].numpy()
+            return {name: rows.numpy() for name, rows in next(self._open()).items()}
         except StopIteration:
             if self._split == "validation":
                 raise
             raise DataError(
-                "a task has no text for this host", location=self._name()
+                "a task has no text for this host", location=self.name
             ) from None
         except tf.errors.OpError as error:
-            raise DataError(error.message, location=self._name()) from error
-        check_ids(
-            tokens_BL, vocab_size=self._tokenizer.vocab_size, location=self._name()
-        )
-        return packing.as_batch(tokens_BL, eos_id=self._tokenizer.eos_id)
+            if self._ledger.error is not None:
+                raise self._ledger.error from error
+            raise DataError(error.message, location=self.name) from error
 
     def state(self) -> bytes:
         from mpt_jax.data.seqio_adapters import tf
@@ -209,6 +276,7 @@ class SeqioSource:
                 checkpoint.write(f"{directory}/position")
                 written = sorted(Path(directory).iterdir())
                 files = {file.name: file.read_bytes() for file in written}
+                files[SEEN] = json.dumps([self._read, *self._seen_S.tolist()]).encode()
         except (tf.errors.OpError, OSError) as error:
             message = f"the data position cannot be saved: {error}"
             raise CheckpointError(message, location=tempfile.gettempdir()) from error
@@ -218,43 +286,41 @@ class SeqioSource:
         from mpt_jax.data.seqio_adapters import tf
 
         files = position.unpack(state, self._header)
-        self._iterator = self._start()
+        self._read, *self._seen_S[:] = json.loads(files.pop(SEEN))
+        self._iterators[:] = [self._start()]
         with tempfile.TemporaryDirectory() as directory:
             for name, content in files.items():
                 Path(directory, Path(name).name).write_bytes(content)
-            checkpoint = tf.train.Checkpoint(iterator=self._iterator)
+            checkpoint = tf.train.Checkpoint(iterator=self._open())
             try:
                 checkpoint.read(f"{directory}/position").assert_consumed()
             except (tf.errors.OpError, AssertionError) as error:
                 message = f"the data position cannot be restored: {error}"
-                raise CheckpointError(message, location=self._name()) from error
+                raise CheckpointError(message, location=self.name) from error
+
+    def rows_of(self) -> list[str]:
+        return [self._names[source] for source in self._source_B]
+
+    def metrics(self) -> dict[str, float]:
+        """Of this host's rows; the mixture is the same on all."""
+        seen = dict(zip(self._names, self._seen_S.tolist(), strict=True))
+        return packing.shares(seen, capacity=self._read)
+
+    def describe(self) -> str:
+        return (
+            "text through SeqIO: its order and its positions hold for "
+            f"{self._host[1]} host(s) only; data that python -m mpt_jax.prepare wrote "
+            "is the same for any number"
+        )
 
     def close(self) -> None:
         """Stops tf.data's threads: alive at the end they can hang the interpreter."""
-        self._iterator = None
+        self._iterators.clear()
 
     def _open(self) -> tf.data.Iterator:
-        if self._iterator is None:
+        if not self._iterators:
             raise ValueError("the source is closed")
-        return self._iterator
-
-    def _name(self) -> str:
-        return f"{self._split} split of {', '.join(self._config.data.tasks)}"
-
-
-def check_ids(tokens_BL: np.ndarray, *, vocab_size: int, location: str) -> None:
-    """Refuses ids that the model would silently clamp, wrap or turn into NaN.
-
-    Raises: DataError: naming the first row and id outside [0, vocab_size).
-    """
-    if tokens_BL.min() >= 0 and tokens_BL.max() < vocab_size:
-        return
-    row, column = np.argwhere((tokens_BL < 0) | (tokens_BL >= vocab_size))[0]
-    raise DataError(
-        f"row {row} has id {tokens_BL[row, column]} at token {column}; the tokenizer's "
-        f"ids are 0 to {vocab_size - 1}",
-        location=location,
-    )
+        return self._iterators[0]
 
 
 def _host(index: int | None, count: int | None) -> tuple[int, int]:

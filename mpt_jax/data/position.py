@@ -48,14 +48,15 @@ def unpack(state: bytes, header: Mapping[str, Any]) -> dict[str, bytes]:
     with zipfile.ZipFile(io.BytesIO(body)) as archive:
         files = {name: archive.read(name) for name in archive.namelist()}
     saved = json.loads(files.pop("header.json"))
-    if differences := _differences(saved, header):
+    if found := differences(saved, header):
         raise CheckpointError(
-            "the data position is of another run:\n  " + "\n  ".join(differences)
+            "the data position is of another run:\n  " + "\n  ".join(found)
         )
     return files
 
 
-def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each field, at any depth, whose values are not equal."""
     saved, now = _flat(saved), _flat(now)
     return [
         f"{name}: saved with {saved.get(name)!r}, now {now.get(name)!r}"

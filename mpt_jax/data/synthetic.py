@@ -20,6 +20,8 @@ class SyntheticSource:
     frequencies to learn, then successors.
     """
 
+    name = "synthetic tokens"
+
     def __init__(self, config: TrainConfig, *, split: str, rows: range):
         self._header = position.header(
             config, split=split, vocab_size=config.model.vocab_size
@@ -45,6 +47,15 @@ class SyntheticSource:
 
     def restore(self, state: bytes) -> None:
         self._batch = int(position.unpack(state, self._header)["batch"])
+
+    def rows_of(self) -> list[str]:
+        return []
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def describe(self) -> str:
+        return "synthetic tokens, in the same order for any number of hosts"
 
     def close(self) -> None:
         pass

@@ -12,8 +12,10 @@ from pathlib import Path
 
 from mpt_jax import tokenizer
 from mpt_jax.config import DataConfig
-from mpt_jax.data import stdlib_corpus
+from mpt_jax.data import sources, stdlib_corpus, tasks
+from mpt_jax.data.ledger import Ledger
 from mpt_jax.data.notes import note
+from mpt_jax.data.sources import Corpus
 from mpt_jax.errors import DataError
 
 # Anything that changes the trained model below must change this number: it names the
@@ -22,6 +24,10 @@ RECIPE = 1
 # More text changes a vocabulary of a few thousand pieces little: 2.90 characters per
 # token from 2 MB, 2.93 from 5 MB.
 TRAINING_CHARACTERS = 4_000_000
+# For a larger vocabulary: 100 million characters for GPT-NeoX's 50,000 pieces.
+CHARACTERS_PER_PIECE = 2_000
+# SentencePiece leaves out longer lines (of bytes: at most four to a character).
+LINE_CHARACTERS = 4192 // 4
 
 
 def load_tokenizer(config: DataConfig) -> tokenizer.Tokenizer:
@@ -42,7 +48,46 @@ def load_tokenizer(config: DataConfig) -> tokenizer.Tokenizer:
     return tokenizer.load(str(path))
 
 
-def train(texts: Iterable[str], *, vocab_size: int) -> bytes:
+def train_on_sources(config: DataConfig, *, ledger: Ledger | None = None) -> bytes:
+    """A SentencePiece model of the training text that ``config`` names.
+
+    Of each source as many characters as its rate says, from all of its files in turns.
+
+    Raises: DataError: no or too many bad rows, or as train().
+    """
+    ledger = ledger or Ledger(config.max_bad_fraction)
+    size = config.tokenizer_vocab_size
+    characters = max(TRAINING_CHARACTERS, CHARACTERS_PER_PIECE * size)
+    shares = tasks.rates(config)
+    lines: list[str] = []
+    for name, corpus in tasks.corpora(config).items():
+        wanted = characters * shares[name] / sum(shares.values())
+        for text in _documents(corpus, ledger):
+            for line in text.split("\n"):
+                starts = range(0, len(line), LINE_CHARACTERS)
+                lines += [line[at : at + LINE_CHARACTERS] for at in starts]
+            wanted -= len(text)
+            if wanted <= 0:
+                break
+    return train(lines, vocab_size=size, characters=characters)
+
+
+def _documents(corpus: Corpus, ledger: Ledger) -> Iterator[str]:
+    """The training documents of all files, one of each in turns."""
+    files = corpus.files("train")
+    readers = [sources.documents(corpus, file, "train") for file in files]
+    while readers:
+        for reader in tuple(readers):
+            row = next(reader, None)
+            if row is None:
+                readers.remove(reader)
+            elif (text := ledger.admit(corpus.name, row)) is not None:
+                yield text
+
+
+def train(
+    texts: Iterable[str], *, vocab_size: int, characters: int = TRAINING_CHARACTERS
+) -> bytes:
     """A SentencePiece BPE model of ``texts`` that loses nothing.
 
     No normalisation and no dummy prefix; unknown characters are bytes; newline and tab
@@ -58,7 +103,7 @@ def train(texts: Iterable[str], *, vocab_size: int) -> bytes:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines(texts),
+            sentence_iterator=_lines(texts, characters),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
@@ -83,14 +128,14 @@ def train(texts: Iterable[str], *, vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    """Lines of the first TRAINING_CHARACTERS, in an order that mixes all modules.
+def _lines(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """Lines of about the first ``characters``, in an order that mixes all modules.
 
     A newline is a piece of its own, so no piece can span two lines.
     """
     seen = 0
     for text in sorted(texts, key=lambda t: hashlib.sha256(t.encode()).digest()):
-        if seen > TRAINING_CHARACTERS:
+        if seen > characters:
             return
         seen += len(text)
         yield from text.split("\n")

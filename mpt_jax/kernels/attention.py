@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 Implementation = Literal["auto", "xla", "tpu", "gpu", "reference"]
+Skip = Literal["auto", "off"] | float
 
 # Where each implementation lives; None: no such kernel in this version.
 _BACKENDS: dict[str, str | None] = {
@@ -45,6 +46,7 @@ class Rule:
     window: int | None = None
     logit_softcap: float | None = None
     dropout_rate: float = 0.0
+    skip: Skip = "auto"
 
 
 class Operands(NamedTuple):
@@ -76,6 +78,7 @@ def attention(
     kv_offset: ArrayLike = 0,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
+    skip: Skip = "auto",
     implementation: Implementation = "auto",
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -101,6 +104,10 @@ def attention(
       window: keys farther than this are hidden; 0 leaves the diagonal.
       q_offset, kv_offset: position of row 0 and of column 0, int or traced scalar.
       dropout_rate: probability of dropping each softmax weight; needs dropout_key.
+      skip: what a kernel may pass over because the bias has erased it: keys that have,
+        for certain and together, at most this share of a row's softmax; "auto" is
+        2^-24 where rows are long enough for it to pay, "off" nothing. It changes the
+        output by at most 2 * share * max |v|. Backends without it compute everything.
       implementation: "auto" takes the platform's first kernel that supports the case;
         a named one never falls back.
 
@@ -119,7 +126,7 @@ def attention(
     Source: Press et al. 2022 (arXiv 2108.12409);
       llm-foundry@8c8dd48:llmfoundry/models/layers/attention.py.
     """
-    rule = Rule(softmax_scale, causal, window, logit_softcap, dropout_rate)
+    rule = Rule(softmax_scale, causal, window, logit_softcap, dropout_rate, skip)
     operands = Operands(
         slopes_H,
         q_segment_ids_BL,
@@ -138,13 +145,20 @@ def attention(
 def _dispatch(implementation: str, *call) -> tuple[jax.Array, jax.Array]:
     if implementation != "auto":
         return _backend(implementation)(*call)
-    *preferred, last = _AUTO_ORDER.get(jax.default_backend(), ("xla",))
+    *preferred, last = _AUTO_ORDER.get(_platform(), ("xla",))
     for name in preferred:
         try:
             return _backend(name)(*call)
         except NotImplementedError:
             pass
     return _backend(last)(*call)
+
+
+def _platform() -> str:
+    """Of the devices compiled for: the ambient mesh's, which need not be here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = getattr(device, "platform", None) or jax.default_backend()
+    return "gpu" if platform in ("cuda", "rocm") else platform
 
 
 def _backend(name: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -195,6 +209,10 @@ def _check_rule(rule: Rule, x: Operands) -> None:
     _expect(natural, "window", window, "None or an int >= 0")
     positive = cap is None or (_is_real(cap) and cap > 0)
     _expect(positive, "logit_softcap", cap, "None or a number > 0")
+    allowed = rule.skip in ("auto", "off") or (
+        _is_real(rule.skip) and 0 <= rule.skip < 1
+    )
+    _expect(allowed, "skip", rule.skip, "'auto', 'off' or a number in [0, 1)")
     rate, key = rule.dropout_rate, x.dropout_key
     in_range = _is_real(rate) and 0 <= rate < 1
     _expect(in_range, "dropout_rate", rate, "a number in [0, 1)")

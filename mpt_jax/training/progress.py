@@ -106,6 +106,7 @@ class Progress:
     ``step    120/2000  loss 3.2145  12,345 tok/s  mfu 41.2%  data 1.3%  eta 0:03:12``.
 
     Args:
+      unit: what is counted, where it is not steps.
       enabled: False shows nothing (every process of a job but the first).
       tty: whether stderr is a terminal; default: ask it.
     """
@@ -115,14 +116,21 @@ class Progress:
         total_steps: int,
         *,
         start_step: int = 0,
+        unit: str = "step",
         enabled: bool = True,
         tty: bool | None = None,
     ):
         self._total, self._enabled, self._bar = total_steps, enabled, None
+        self._unit = unit
         self._guard = Guard("progress bar")
         if enabled and (_stderr_is_terminal() if tty is None else tty):
             with self._guard:
                 self._bar = _start_bar(total_steps, start_step)
+
+    @property
+    def live(self) -> bool:
+        """Whether it is a bar; an update prints no line then."""
+        return self._bar is not None
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """``step`` is done; ``metrics`` may hold more than is shown."""
@@ -133,7 +141,7 @@ class Progress:
                     task, completed=step, metrics=describe(metrics), refresh=True
                 )
         elif self._enabled:
-            say(f"step {step:>6}/{self._total}  {describe(metrics)}".rstrip())
+            say(f"{self._unit} {step:>6}/{self._total}  {describe(metrics)}".rstrip())
 
     def message(self, text: str) -> None:
         """An event, such as "checkpoint 120 saved"; prints above the bar."""

@@ -42,6 +42,7 @@ class Watchdog:
         self._seconds, self._dump_path = seconds, pathlib.Path(dump_path)
         self._beats = self._paused = 0
         self._step: int | None = None
+        self._waiting = ""
         self._closed, self._die = threading.Event(), die
         if seconds > 0:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
@@ -60,6 +61,15 @@ class Watchdog:
         finally:
             self._beats += 1
             self._paused -= 1
+
+    @contextlib.contextmanager
+    def waiting_for(self, what: str) -> Iterator[None]:
+        """The report says so when it is this that takes too long."""
+        self._waiting = f", waiting for {what}"
+        try:
+            yield
+        finally:
+            self._waiting = ""
 
     def close(self) -> None:
         self._closed.set()
@@ -86,7 +96,7 @@ class Watchdog:
         host, pid = socket.gethostname(), os.getpid()
         headline = (
             f"watchdog: no step for {self._seconds:g} s on host {host} (pid {pid}), "
-            f"{last}; exit {EXIT_STUCK}, stacks in {self._dump_path}\n"
+            f"{last}{self._waiting}; exit {EXIT_STUCK}, stacks in {self._dump_path}\n"
         ).encode()
         with contextlib.suppress(OSError):
             os.write(2, headline)

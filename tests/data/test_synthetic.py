@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from mpt_jax.config import TrainConfig, parse
-from mpt_jax.data import feed
+from mpt_jax.data import feed, packing
 from mpt_jax.errors import CheckpointError, ConfigError, DataError
 
 TINY = {
@@ -120,13 +120,13 @@ def test_hosts_that_cannot_share_a_batch_are_a_config_error():
 
 def test_ids_outside_the_vocabulary_are_refused():
     tokens = np.arange(12).reshape(3, 4)
-    feed.check_ids(tokens, vocab_size=12, location="here")
+    packing.check_ids(tokens, vocab_size=12, location="here")
     with pytest.raises(
         DataError, match=r"here: row 2 has id 11 at token 3; .* 0 to 10"
     ):
-        feed.check_ids(tokens, vocab_size=11, location="here")
+        packing.check_ids(tokens, vocab_size=11, location="here")
     with pytest.raises(DataError, match="row 1 has id -1 at token 0"):
-        feed.check_ids(np.array([[5], [-1]]), vocab_size=11, location="")
+        packing.check_ids(np.array([[5], [-1]]), vocab_size=11, location="")
 
 
 def test_feed_and_tokenizer_need_no_tensorflow():

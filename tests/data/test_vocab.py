@@ -1,10 +1,12 @@
 import concurrent.futures
+import json
 import multiprocessing
 import os
 import pathlib
 
 import pytest
 
+from mpt_jax import tokenizer
 from mpt_jax.config import DataConfig
 from mpt_jax.data import stdlib_corpus, vocab
 from mpt_jax.errors import DataError
@@ -96,3 +98,36 @@ def test_stdlib_tokenizer_round_trips_source_code(tmp_path):
         assert tokenizer.decode(ids) == text
         characters, tokens = characters + len(text), tokens + len(ids)
     assert characters / tokens > 2.5  # 2.9 measured; 1 would be characters
+
+
+def test_a_tokenizer_of_sources_sees_each_by_its_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(vocab, "TRAINING_CHARACTERS", 40_000)
+    monkeypatch.setattr(vocab, "CHARACTERS_PER_PIECE", 1)
+    for name, letters in (("a", "abcde"), ("b", "vwxyz")):
+        rows = (
+            {"text": " ".join(letters[i % 5 :] + letters[: j % 5] for j in range(40))}
+            for i in range(500)
+        )
+        text = "\n".join(map(json.dumps, rows))
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    tasks = (f"jsonl:{tmp_path}/a.jsonl", f"jsonl:{tmp_path}/b.jsonl")
+    seen = []
+    real = vocab.train
+    monkeypatch.setattr(
+        vocab, "train", lambda lines, **kw: seen.extend(lines) or real(lines, **kw)
+    )
+    settings = config("", tasks=tasks, rates=(3.0, 1.0), tokenizer_vocab_size=300)
+    model = tokenizer.SentencePieceTokenizer(vocab.train_on_sources(settings))
+    assert model.vocab_size == 300
+    sizes = [
+        sum(len(line) for line in seen if line[0] in s) for s in ("abcde", "vwxyz")
+    ]
+    assert sum(sizes) == pytest.approx(40_000, rel=0.02)
+    assert sizes[0] / sizes[1] == pytest.approx(3, rel=0.05)
+    assert max(map(len, seen)) <= vocab.LINE_CHARACTERS
+
+
+def test_a_tokenizer_of_bad_rows_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "x"}\nno JSON\n')
+    with pytest.raises(DataError, match=r"a\.jsonl:2: bad JSON"):
+        vocab.train_on_sources(config("", tasks=(f"jsonl:{tmp_path}",), rates=()))

@@ -4,6 +4,7 @@ tiny     24 steps of 5 ms, 0.4 MB a checkpoint: starts in 3 s of CPU time
 steady   24 steps of 50 ms: long enough to be hit between two of them
 heavy    16 steps, 100 MB a checkpoint: a save lasts 1 s
 text     like steady, on real text through SeqIO
+stored   like steady, on prepared data; harness.Lab says where it is
 """
 
 from ml_collections import ConfigDict
@@ -16,6 +17,7 @@ SIZES = {
     "steady": (64, 256, 256, 16, 24, 12),
     "heavy": (256, 32768, 8, 4, 16, 4),
     "text": (64, 2048, 128, 16, 24, 12),
+    "stored": (64, 257, 128, 16, 24, 12),
 }
 
 
@@ -36,7 +38,10 @@ def get_config(name: str) -> ConfigDict:
     )
     config.steps = steps
     config.global_batch_size = batch_size
-    config.data.source = "seqio" if name == "text" else "synthetic"
+    config.data.source = {"text": "seqio", "stored": "prepared"}.get(name, "synthetic")
+    if name == "stored":
+        config.data.tasks = ("low", "high")
+        config.data.tokenizer = "bytes"
     config.optim.schedule.warmup_steps = 4
     config.checkpoint.every_steps = every_steps
     config.eval.batches = 1

@@ -19,6 +19,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
+
+from mpt_jax.data import prepared
 from mpt_jax.training.writers import Record, read_metrics
 
 HERE = pathlib.Path(__file__).parent
@@ -124,6 +127,8 @@ class Lab:
           streams: stdout, stderr, as subprocess has them.
         """
         workdir = self.root / name
+        if kind == "stored":
+            flags = (f"data.prepared={self.prepared()}", *flags)
         overrides = [f if f.startswith("--") else f"--config.{f}" for f in flags]
         command = [
             *prefix,
@@ -135,7 +140,10 @@ class Lab:
             f"--config.data.cache_dir={self.root / 'tokenizer'}",
             *overrides,
         ]
-        trainer = Trainer(command, workdir, **streams)
+        return self.watch(Trainer(command, workdir, **streams))
+
+    def watch(self, trainer: Trainer) -> Trainer:
+        """close() will end it."""
         self._trainers.append(trainer)
         return trainer
 
@@ -158,6 +166,14 @@ class Lab:
                 (workdir / "done").touch()
             return workdir
 
+    def prepared(self, name: str = "prepared", *, seed: int = 0) -> pathlib.Path:
+        """A prepared folder of ids that ``seed`` makes; the first who asks makes it."""
+        root = self.root / name
+        with self._guard:
+            if not root.exists():
+                write_prepared(root, seed)
+        return root
+
     def copy(self, reference: pathlib.Path, name: str) -> pathlib.Path:
         return pathlib.Path(shutil.copytree(reference, self.root / name))
 
@@ -167,6 +183,35 @@ class Lab:
                 trainer.signal(signal.SIGCONT)
                 trainer.kill()
         shutil.rmtree(self.root)
+
+
+def write_prepared(root: pathlib.Path, seed: int, *, spoiled: int = 1) -> None:
+    """Two sources of 40 documents in two shards; of 257 ids, the last one is EOS.
+
+    spoiled: the id that the last document of each shard begins with.
+    """
+    rng, shards = np.random.default_rng(seed), {}
+
+    def documents() -> Iterator[np.ndarray]:
+        for i in range(20):
+            ids = np.append(rng.integers(0, 256, 500), 256)
+            if i == 19:
+                ids[0] = spoiled
+            yield ids
+
+    for name in ("low", "high"):
+        shards[name] = {
+            split: tuple(
+                prepared.write_shard(
+                    root, f"{name}/{split}-{i:05d}-of-{n:05d}", documents(),
+                    dtype="<u2",
+                )
+                for i in range(n)
+            )
+            for split, n in (("train", 2), ("validation", 1))
+        }  # fmt: skip
+    about = {"name": "bytes", "fingerprint": "bytes", "vocab_size": 257, "eos_id": 256}
+    prepared.write_manifest(root, prepared.Manifest("<u2", about, {}, shards, {}))
 
 
 # ------------------------------------------------------------------ what a run leaves

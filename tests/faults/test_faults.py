@@ -7,17 +7,20 @@ every bit. Two are injected at a time, in the background; the tests wait for the
 
 import concurrent.futures
 import functools
+import importlib.util
 import os
 import random
 import re
 import shutil
 import signal
+import sys
 import time
 
 import numpy as np
 import pytest
 
 from mpt_jax import errors
+from mpt_jax.data import prepared as stored
 from mpt_jax.training.stored import open_checkpoint
 from tests.faults import harness
 from tests.faults.harness import (
@@ -302,7 +305,8 @@ def fall_back(lab, reference, *, name, damage, reason):
     workdir, began = lab.copy(reference, name), time.time()
     damage(checkpoint(workdir, 24))
     said = lab.run(name, "tiny")
-    assert re.search(f"^checkpoint 24 is damaged: .*{reason}", said, re.MULTILINE), said
+    damage = f"skipping a damaged checkpoint: .*00000024: .*{reason}"
+    assert re.search(damage, said), said
     assert f"resumed from {checkpoint(workdir, 18)}\n" in said
     new = [
         r["step"] for r in records(workdir) if "loss" in r and r["wall_time"] > began
@@ -556,3 +560,165 @@ def warned_once(lab, reference, workdir, **more):
 @fault("F05-seqio", "SIGKILL between two saves, text through SeqIO", "text", slow=True)
 def _(lab, reference):
     return kill_between(lab, reference, name="F05-seqio", kind="text")
+
+
+# ------------------------------------------------------------------------------- data
+
+
+def shard_of(folder, source="low"):
+    return folder / source / "train-00001-of-00002.tokens"
+
+
+def damaged_midway(lab, reference, *, name, damage, reason):
+    """Noticed at the next row that is read from there; mended, it goes on exactly."""
+    folder = lab.prepared(f"{name}-data")
+    trainer = lab.start(name, "stored", f"data.prepared={folder}")
+    trainer.until(lambda: last_step(trainer.workdir) >= 2, "step 2")
+    with harness.frozen(trainer):
+        at = last_step(trainer.workdir)
+        whole = shard_of(folder).read_bytes()
+        damage(shard_of(folder))
+    said = trainer.finish(errors.EXIT_DATA)
+    assert re.search(f"^data error: {shard_of(folder)}: .*{reason}", said, re.MULTILINE)
+    noticed = last_step(trainer.workdir) - at
+    assert noticed <= 4, "a row in four is of that shard"
+    shard_of(folder).write_bytes(whole)
+    lab.run(name, "stored", f"data.prepared={folder}")
+    return {
+        "steps_until_noticed": noticed,
+        "equal_losses": equal_curves(trainer.workdir, reference),
+    }
+
+
+def flip_everywhere(file):
+    content = np.fromfile(file, np.uint8)
+    (content ^ 1).tofile(file)
+
+
+@fault("F28", "a shard of prepared data damaged, cut short, or missing", "stored")
+def _(lab, reference):
+    detail = {
+        "flipped midway": damaged_midway(
+            lab, reference, name="F28-flipped", damage=flip_everywhere,
+            reason="checksum is wrong",
+        ),
+        "cut short midway": damaged_midway(
+            lab, reference, name="F28-short", damage=lambda f: os.truncate(f, 9),
+            reason="cut short since it was opened",
+        ),
+    }  # fmt: skip
+    folder = lab.prepared("F28-missing-data")
+    shard_of(folder).unlink()
+    flags = (f"data.prepared={folder}",)
+    said = lab.run("F28-missing", "stored", *flags, code=errors.EXIT_DATA)
+    assert f"data error: {shard_of(folder)}: a shard of the prepared data is" in said
+    return detail
+
+
+@fault("F29", "what reads the text hangs, or breaks off", "tiny", slow=True)
+def _(lab, reference):
+    pipe = lab.root / "F29.txt"
+    os.mkfifo(pipe)  # opening it waits for a writer, as a dead disk does
+    flags = (
+        "data.rates=()", "data.tokenizer=bytes", "model.vocab_size=384",
+        "eval.batches=0",
+    )  # fmt: skip
+    named = f"data.tasks=('text:{pipe}?name=pipe&document=line',)"
+    began = time.monotonic()
+    said = lab.run(
+        "F29-hangs",
+        "text",
+        *flags,
+        named,
+        "watchdog_seconds=20",
+        code=errors.EXIT_STUCK,
+    )
+    seconds = time.monotonic() - began
+    assert "no step yet, waiting for train split of pipe; exit 75" in said
+
+    lines = lab.root / "F29.jsonl"
+    good = b'{"text": "%s"}\n' % (b"some words of text " * 10)
+    lines.write_bytes(good * 130 + b'{"text": 7}\n' + good * 9)
+    named = (f"data.tasks=('jsonl:{lines}',)", "data.shuffle_buffer=0")
+    said = lab.run("F29-breaks", "text", *flags, *named, code=errors.EXIT_DATA)
+    assert re.search(f"^data error: {lines}:131: ", said, re.MULTILINE)
+    reached = last_step(lab.root / "F29-breaks")
+    assert 0 < reached < 24
+    return {"seconds_until_named": round(seconds, 1), "steps_before_it": reached}
+
+
+@fault("F30", "a data position of another seed, mixture, or other tokens", "stored")
+def _(lab, reference):
+    changed = {"seed=18": "seed", "data.rates=(1,3)": r"data\.rates"}
+    for flag, field in changed.items():
+        name = lab.copy(reference, f"F30 {field[-5:]}").name
+        said = lab.run(name, "stored", flag, "steps=30", code=errors.EXIT_USER)
+        assert re.search(rf"^config error: cannot resume .*\b{field}: ", said, re.S)
+    other = lab.prepared("F30-data", seed=1)
+    name = lab.copy(reference, "F30 tokens").name
+    flags = (f"data.prepared={other}", "steps=30")
+    said = lab.run(name, "stored", *flags, code=errors.EXIT_CHECKPOINT)
+    assert "checkpoint error: the data position is of another run:\n" in said
+    for source in ("low", "high"):
+        assert re.search(
+            rf"^  tokens\.{source}: saved with '\w+', now '\w+'", said, re.M
+        )
+    return {"refused": [*changed, "other tokens"]}
+
+
+@fault("F31", "an id outside the vocabulary in a batch", "stored")
+def _(lab, reference):
+    """Bytes as they were written, by someone with a larger tokenizer."""
+    folder = lab.root / "F31-data"
+    harness.write_prepared(folder, seed=0, spoiled=300)
+    flags = (f"data.prepared={folder}",)
+    said = lab.run("F31", "stored", *flags, code=errors.EXIT_DATA)
+    expected = r"^data error: train split of low, high in .*: row \d+ has id 300 at "
+    assert re.search(expected, said, re.MULTILINE)
+    reached = last_step(lab.root / "F31")
+    assert reached < 24
+    return {"steps_before_it": reached}
+
+
+def prepare(lab, name, *, tasks):
+    """A running ``python -m mpt_jax.prepare``."""
+    command = [
+        sys.executable, "-m", "mpt_jax.prepare",
+        f"--config={harness.HERE / 'config.py'}:text", f"--out={lab.root / name}",
+        "--config.data.tokenizer=bytes", f"--config.data.tasks=('{tasks}',)",
+        "--config.data.rates=()",
+    ]  # fmt: skip
+    return lab.watch(harness.Trainer(command, lab.root / name))
+
+
+def prepare_killed(lab, reference):
+    texts = lab.root / "F32-text"
+    texts.mkdir()
+    rng = random.Random(32)
+    for i in range(8):
+        words = (f"{rng.random():.17f}" for _ in range(4000))
+        (texts / f"{i}.txt").write_text("\n".join(words))
+    named = f"text:{texts}?document=line&name=numbers"
+    prepare(lab, "F32-whole", tasks=named).finish()
+    kills, folder = 0, lab.root / "F32"
+    for done in (1, 3, 6):
+        worker = prepare(lab, "F32", tasks=named)
+        worker.until(
+            lambda done=done: len(list(folder.glob("numbers/*.json"))) >= done,
+            f"{done} shards",
+        )
+        time.sleep(rng.uniform(0, 0.05))
+        worker.kill()
+        kills += 1
+        assert not (folder / "manifest.json").exists()
+        with pytest.raises(errors.DataError, match="it was not finished"):
+            stored.read_manifest(folder)
+    prepare(lab, "F32", tasks=named).finish()
+    found, expected = files(folder), files(lab.root / "F32-whole")
+    assert found.keys() == expected.keys()
+    assert found == expected
+    return {"kills": kills, "equal_files": len(found)}
+
+
+if importlib.util.find_spec("apache_beam"):
+    fault("F32", "prepare killed three times", "tiny", slow=True)(prepare_killed)
