@@ -20,12 +20,12 @@ from jax.typing import ArrayLike
 Implementation = Literal["auto", "xla", "tpu", "gpu", "reference"]
 Skip = Literal["auto", "off"] | float
 
-# Where each implementation lives; None: no such kernel in this version.
-_BACKENDS: dict[str, str | None] = {
+# Where each implementation lives.
+_BACKENDS: dict[str, str] = {
     "reference": "mpt_jax.kernels.attention_xla:attention_reference",
     "xla": "mpt_jax.kernels.attention_xla:attention_blocked",
-    "tpu": None,
-    "gpu": None,
+    "tpu": "mpt_jax.kernels.attention_tpu:attention_tpu",
+    "gpu": "mpt_jax.kernels.attention_gpu:attention_gpu",
 }
 # What "auto" tries, in order, per jax platform; every other platform runs "xla".
 _AUTO_ORDER = {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}
@@ -118,7 +118,7 @@ def attention(
 
     Raises:
       ValueError: an argument outside the contract above.
-      NotImplementedError: a named implementation is absent or lacks the case.
+      NotImplementedError: a named implementation lacks the case or the platform.
 
     Numerics: logits, softmax and sums in float32 (float64 for float64 inputs), from
       distances as exact integers. Relative L2 error against float64: float32 3e-6 out,
@@ -165,13 +165,7 @@ def _backend(name: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
     if name not in _BACKENDS:
         names = ["auto", *_BACKENDS]
         raise ValueError(f"implementation: got {name!r}, expected one of {names}")
-    target = _BACKENDS[name]
-    if target is None:
-        raise NotImplementedError(
-            f"implementation={name!r}: this version has no {name} attention kernel; "
-            "use 'auto' or 'xla'"
-        )
-    module, function = target.split(":")
+    module, function = _BACKENDS[name].split(":")
     return getattr(importlib.import_module(module), function)
 
 

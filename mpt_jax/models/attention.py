@@ -7,6 +7,9 @@ Source: llm-foundry@8c8dd48:llmfoundry/models/layers/attention.py:GroupedQueryAt
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +17,11 @@ from flax import nnx
 
 from mpt_jax.config import ModelConfig
 from mpt_jax.kernels.attention import attention
+from mpt_jax.kernels.sharded import Layout, sharded_attention
 from mpt_jax.models.alibi import slopes
 from mpt_jax.models.init import Fans
 from mpt_jax.models.layers import Linear, Norm
-from mpt_jax.partitioning import shard
+from mpt_jax.partitioning import RULES, current_mesh, shard
 
 # MosaicML builds q_ln and k_ln without passing norm_type on: always its default.
 QK_NORM = {"kind": "low_precision_layernorm", "eps": 1e-5}
@@ -78,7 +82,10 @@ class Attention(nnx.Module):
         segments = masks.segment_ids_BL
         if segments is not None and not a.attn_uses_sequence_id:
             segments = (segments != 0).astype(jnp.int32)  # documents see each other
-        out_BLHD = attention(
+        dropout: dict[str, Any] = {}
+        if a.attn_pdrop and dropout_key is not None:
+            dropout = {"dropout_rate": a.attn_pdrop, "dropout_key": dropout_key}
+        out_BLHD = _op(cfg, whole=bool(dropout))(
             q_BLHD,
             k_BSKD,
             v_BSKD,
@@ -89,9 +96,23 @@ class Attention(nnx.Module):
             prefix_mask_BS=masks.prefix_mask_BL if a.prefix_lm else None,
             window=a.sliding_window_size if a.sliding_window_size >= 0 else None,
             logit_softcap=a.attn_logit_softcapping,
-            dropout_rate=a.attn_pdrop if dropout_key is not None else 0.0,
-            dropout_key=dropout_key,
+            **dropout,
             implementation=cfg.attention,
         )
         out_BLHD = shard(out_BLHD, "batch", "length", "act_heads", None)
         return self.out_proj(out_BLHD)
+
+
+def _op(cfg: ModelConfig, *, whole: bool) -> Callable[..., jax.Array]:
+    """The attention op, on each device's own rows and heads where there is a mesh.
+
+    whole: leave the cutting to XLA, as dropout wants, whose mask would otherwise depend
+      on the mesh; only the XLA backend can be cut so.
+    """
+    mesh = current_mesh()
+    if mesh is None or whole:
+        return attention
+    heads = RULES["act_heads"]
+    kv_heads = heads if cfg.n_kv_heads > 1 else ()
+    layout = Layout(RULES["batch"], RULES["length"], heads, kv_heads)
+    return functools.partial(sharded_attention, mesh=mesh, layout=layout)
