@@ -25,6 +25,7 @@ INSTALL_REQUIRES = [
     "importlib_resources>=6",  # tensorflow-datasets imports it undeclared
     f"jax{JAX}",
     "matplotlib>=3.10",
+    "ml-dtypes>=0.5",
     "ml-collections>=1.1,<2",  # <2: config files are written with its ConfigDict
     "numpy>=2.1,<3",  # <3: compiled wheels are tied to numpy's major version
     "optax>=0.2.8,<0.3",  # <0.3: its state trees are written into our checkpoints
@@ -38,6 +39,7 @@ INSTALL_REQUIRES = [
     "sentencepiece>=0.2.1,<0.2.3",
     "seqio>=0.0.20,<0.1",  # <0.1: we subclass its vocabulary and feature converter
     "tensorboard>=2.20",
+    "tensorstore>=0.1.80",  # converting fills Orbax's arrays piece by piece
     "tensorflow-datasets>=4.9.10,<5",  # <5: 4's layout of folders finds prepared data
     # brings the tensorflow of the same minor release, so tensorflow is not named here
     "tensorflow-text>=2.21.1,<2.22",  # <2.22: op binaries fit one tensorflow minor
@@ -60,8 +62,10 @@ EXTRAS_REQUIRE = {
     ],
     # Offline tokenising; without [tfrecord] beam cannot write TFRecord files.
     "beam": ["apache-beam[tfrecord]>=2.70,<3"],  # <3: seqio is written for 2
+    "gguf": ["gguf>=0.17,<1"],  # llama.cpp's files; <1: tested before it
     "notebooks": ["jupyterlab>=4", "nbclient>=0.10"],
     "dev": [
+        "gguf>=0.17,<1",
         "hypothesis>=6.100",
         "packaging>=24",
         "pytest>=9,<10",  # <10: a warning from a new pytest would fail every test

@@ -173,7 +173,7 @@ def test_every_knob_has_a_meaning():
 def test_machines_without_tensorflow_can_train_and_generate():
     modules = [
         m for m in sources()
-        if RINGS.get(room(m), 0) < 3 or room(m) in ("training", "generation")
+        if RINGS.get(room(m), 0) < 3 or room(m) in ("training", "generation", "interop")
     ]  # fmt: skip
     modules = [m.removesuffix(".__init__") for m in modules] + ["mpt_jax.data.feed"]
     code = (
