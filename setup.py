@@ -62,10 +62,11 @@ EXTRAS_REQUIRE = {
     ],
     # Offline tokenising; without [tfrecord] beam cannot write TFRecord files.
     "beam": ["apache-beam[tfrecord]>=2.70,<3"],  # <3: seqio is written for 2
-    "gguf": ["gguf>=0.17,<1"],  # llama.cpp's files; <1: tested before it
+    # llama.cpp files.
+    "gguf": ["gguf>=0.17,<1"],  # <1: the writer is tested with 0.19
     "notebooks": ["jupyterlab>=4", "nbclient>=0.10"],
     "dev": [
-        "gguf>=0.17,<1",
+        "gguf>=0.17,<1",  # <1: the writer is tested with 0.19
         "hypothesis>=6.100",
         "packaging>=24",
         "pytest>=9,<10",  # <10: a warning from a new pytest would fail every test
