@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mpt_jax.config import ModelConfig, flatten, parse
-from mpt_jax.errors import EXIT_OK, CheckpointError, run_verb
+from mpt_jax.errors import EXIT_OK, run_verb
 
 if TYPE_CHECKING:
     from mpt_jax.interop.write import Parts
@@ -211,17 +211,7 @@ def _open_ours(step: StoredStep) -> _Opened:
     from mpt_jax.training import stored
 
     cfg = parse(ModelConfig, step.meta["config"]["model"], location=str(step.path))
-    expected = stored.describe({"params": names.unflatten(names.structs(cfg))})
-    found = {k: v for k, v in step.arrays.items() if k.startswith("params.")}
-    problems = [
-        f"{name}: stored {found.get(name, 'nowhere')}, expected "
-        f"{expected.get(name, 'nowhere')}"
-        for name in sorted(found | expected)
-        if found.get(name) != expected.get(name)
-    ]
-    if problems:
-        text = f"{len(problems)} arrays do not fit:\n  " + "\n  ".join(problems)
-        raise CheckpointError(text, location=str(step.path))
+    step.check_fit(params=names.unflatten(names.structs(cfg)))
 
     def parts() -> Parts:
         with stored.readable_errors("read the parameters", step.path):

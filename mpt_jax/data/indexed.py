@@ -10,14 +10,13 @@ any step at once. No TensorFlow.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from mpt_jax.config import DataConfig, TrainConfig
+from mpt_jax.config import DataConfig, TrainConfig, suggest
 from mpt_jax.data import order, packing, position, prepared, tasks
 from mpt_jax.data.packing import Batch, Binned, Chopped
 from mpt_jax.errors import ConfigError, DataError
@@ -202,11 +201,9 @@ def _check_names(data: DataConfig, manifest: prepared.Manifest, *, root: Path) -
     known = list(manifest.shards)
     for name in data.tasks:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f'; did you mean "{close[0]}"?' if close else ""
             problems.append(
                 f"data.tasks: {root} has no source {name!r}, it has "
-                f"{', '.join(known)}{hint}"
+                f"{', '.join(known)}{suggest(name, known)}"
             )
     if len(set(data.tasks)) < len(data.tasks):
         problems.append(f"data.tasks: a source is named twice in {data.tasks}")

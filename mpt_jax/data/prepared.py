@@ -30,6 +30,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from mpt_jax import durable
 from mpt_jax.errors import DataError
 
 FORMAT = 1
@@ -97,15 +98,12 @@ def sha256_of(path: Path) -> str:
 
 def replace(path: Path, content: bytes) -> None:
     """Writes ``path`` at once or not at all, and to the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+        durable.fsync(temporary)
+
+    durable.replace(path, write)
 
 
 def write_shard(

@@ -12,12 +12,12 @@ import contextlib
 import fcntl
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mpt_jax import durable
 from mpt_jax.config import DataConfig
 from mpt_jax.data import position, prepared, tasks, vocab
 from mpt_jax.data.prepared import Manifest
@@ -270,6 +270,7 @@ def plot_lengths(manifest: Manifest, path: Path) -> None:
     axes.grid(alpha=0.2)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png", metadata={"Software": None})
-    os.replace(temporary, path)
+    durable.replace(
+        path,
+        lambda to: figure.savefig(to, format="png", metadata={"Software": None}),
+    )

@@ -6,11 +6,10 @@ import hashlib
 import io
 import os
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mpt_jax import tokenizer
+from mpt_jax import durable, tokenizer
 from mpt_jax.config import DataConfig
 from mpt_jax.data import sources, stdlib_corpus, tasks
 from mpt_jax.data.ledger import Ledger
@@ -164,9 +163,7 @@ def _write(path: Path, content: bytes) -> None:
     """Writes at once or not at all: of two racing processes the last one wins whole."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(content)
-        os.replace(file.name, path)
+        durable.replace(path, lambda to: to.write_bytes(content))
     except OSError as error:
         message = f"cannot cache the tokenizer: {error.strerror}; set data.cache_dir"
         raise DataError(message, location=str(path.parent)) from None

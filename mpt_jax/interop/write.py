@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mpt_jax import durable
 from mpt_jax.config import ModelConfig
 from mpt_jax.errors import CheckpointError, InternalError, UserError
 from mpt_jax.interop import configs, names
@@ -145,11 +146,9 @@ def unfinished(out: pathlib.Path, *, n_bytes: int) -> Iterator[pathlib.Path]:
         try:
             _check_room(out, n_bytes)
             yield target
-            for folder, _, files in os.walk(target):
-                for path in (folder, *(os.path.join(folder, name) for name in files)):
-                    _fsync(path)
+            durable.fsync_tree(target)
             target.rename(out)
-            _fsync(out.parent)
+            durable.fsync(out.parent)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
     except OSError as error:  # most likely the disk is full
@@ -167,14 +166,6 @@ def _check_room(out: pathlib.Path, n_bytes: int) -> None:
             f"needs {need / 2**30:.3g} GiB and {free / 2**30:.3g} GiB are free",
             location=str(out),
         )
-
-
-def _fsync(path: str | os.PathLike) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def count_bytes(cfg: ModelConfig, dtype: str) -> int:

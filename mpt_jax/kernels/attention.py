@@ -48,6 +48,11 @@ class Rule:
     dropout_rate: float = 0.0
     skip: Skip = "auto"
 
+    def capped(self, logits: jax.Array) -> jax.Array:
+        """softcap(logits); the bias comes after."""
+        cap = self.logit_softcap
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
 
 class Operands(NamedTuple):
     """The traced half of a call beside q, k and v. None: absent."""

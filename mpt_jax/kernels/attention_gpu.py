@@ -33,6 +33,7 @@ from jax.experimental import pallas as pl
 
 from mpt_jax.kernels import skip
 from mpt_jax.kernels.attention import RESIDUAL_NAMES, Operands, Rule
+from mpt_jax.kernels.blocks import pad_to
 from mpt_jax.kernels.tiles import GpuTile, GpuTiles, gpu_tiles
 
 try:
@@ -509,13 +510,13 @@ def _inputs(
         lse = arrays["lse"] * _LOG2E + _row_bias(x, tile, L)
         # A row that sees nothing weighs nothing: with lse +inf all of p is 0.
         lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-        refs["lse"] = _pad(lse, 2, tile.rows, jnp.inf)
-        refs["delta"] = _pad(arrays["delta"], 2, tile.rows)
+        refs["lse"] = pad_to(lse, tile.rows, axis=2, fill=jnp.inf)
+        refs["delta"] = pad_to(arrays["delta"], tile.rows, axis=2)
     for names, block in (
         (("q", "dout", "q_ids"), tile.rows),
         (("k", "v", "kv_ids", "prefix"), tile.columns),
     ):
-        refs |= {n: _pad(refs[n], 1, block) for n in names if n in refs}
+        refs |= {n: pad_to(refs[n], block) for n in names if n in refs}
     return refs
 
 
@@ -561,14 +562,6 @@ def _call(
     )(refs)
 
 
-def _pad(a: jax.Array, axis: int, block: int, value: float = 0) -> jax.Array:
-    missing = -a.shape[axis] % block
-    if not missing:
-        return a
-    widths = [(0, missing if n == axis else 0) for n in range(a.ndim)]
-    return jnp.pad(a, widths, constant_values=value)
-
-
 # Decoding: a program takes every splits-th block of keys of one KV head and row.
 
 
@@ -606,11 +599,11 @@ def decode_gpu(
     slopes_H = jnp.zeros((H,)) if slopes_H is None else lax.stop_gradient(slopes_H)
     slopes_KR = jnp.repeat(slopes_H.astype(jnp.float32).reshape(K, G), L, axis=1)
     refs = {
-        "q": _pad(q_BKRD, 2, n_rows),
+        "q": pad_to(q_BKRD, n_rows, axis=2),
         "k": k_BKSD,
         "v": v_BKSD,
-        "position": _pad(jnp.tile(position_BL, (1, G)), 1, n_rows, -1),
-        "slope": _pad(slopes_KR * _LOG2E, 1, n_rows),
+        "position": pad_to(jnp.tile(position_BL, (1, G)), n_rows, fill=-1),
+        "slope": pad_to(slopes_KR * _LOG2E, n_rows),
         "first": first_BK.astype(jnp.int32),
         "length": lengths_B.astype(jnp.int32)[:, None],
     }

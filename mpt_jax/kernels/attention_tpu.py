@@ -34,6 +34,7 @@ from jax.typing import ArrayLike
 
 from mpt_jax.kernels import skip
 from mpt_jax.kernels.attention import RESIDUAL_NAMES, Operands, Rule
+from mpt_jax.kernels.blocks import pad_to
 from mpt_jax.kernels.tiles import TPU, TpuTiles
 
 _LANES = 128
@@ -509,9 +510,9 @@ def _token_rows(x: Operands, T: int, U: int) -> dict[str, jax.Array]:
     if x.q_segment_ids_BL is not None:
         # Padding equals nothing on the other side.
         q_ids_BL = jnp.where(x.q_segment_ids_BL == 0, -1, x.q_segment_ids_BL)
-        rows |= {"q_ids": _pad(q_ids_BL, T), "kv_ids": _pad(x.kv_segment_ids_BS, U)}
+        rows |= {"q_ids": pad_to(q_ids_BL, T), "kv_ids": pad_to(x.kv_segment_ids_BS, U)}
     if x.prefix_mask_BS is not None:  # how far ahead of a query it may stand
-        rows["reach"] = _pad(x.prefix_mask_BS * _EVERYWHERE, U)
+        rows["reach"] = pad_to(x.prefix_mask_BS * _EVERYWHERE, U)
     return {name: row[:, None].astype(jnp.int32) for name, row in rows.items()}
 
 
@@ -634,14 +635,7 @@ def _across(a_NX: jax.Array, width: int) -> jax.Array:
 
 
 def _heads_first(a_BLHD: jax.Array, tile: int, fill: float = 0) -> jax.Array:
-    return _pad(a_BLHD, tile, fill).swapaxes(1, 2)
-
-
-def _pad(a: jax.Array, tile: int, fill: float = 0) -> jax.Array:
-    """Dim 1 in whole tiles."""
-    missing = -a.shape[1] % tile
-    widths = [(0, missing if axis == 1 else 0) for axis in range(a.ndim)]
-    return jnp.pad(a, widths, constant_values=fill) if missing else a
+    return pad_to(a_BLHD, tile, fill=fill).swapaxes(1, 2)
 
 
 def _lane_bytes(D: int, dtype: jax.typing.DTypeLike) -> int:

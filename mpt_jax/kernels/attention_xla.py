@@ -27,6 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import ArrayLike
 
 from mpt_jax.kernels.attention import RESIDUAL_NAMES, Operands, Rule
+from mpt_jax.kernels.blocks import accumulator, einsum, pad_to
 
 # A block is B * H * Q * T logits. On a CPU it must stay near the cache: at B * H = 48
 # and L = 512 blocks of 128 x 128 (3 MiB) ran twice as fast as 512 x 512; at B * H = 4
@@ -71,16 +72,16 @@ def attention_reference(
     B, L, H, D = q_BLHD.shape
     S, K = k_BSKD.shape[1:3]
     plan = _Plan(rule, L, S, block_q=L, block_k=S)
-    q, k, v = (x.astype(_accumulator(x)) for x in (q_BLHD, k_BSKD, v_BSKD))
-    einsum = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
+    q, k, v = (x.astype(accumulator(x)) for x in (q_BLHD, k_BSKD, v_BSKD))
+    exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
-    qk = einsum("bqkgd,btkd->bkgqt", q.reshape(B, L, K, H // K, D), k)
+    qk = exact("bqkgd,btkd->bkgqt", q.reshape(B, L, K, H // K, D), k)
     _, s = _logits(plan, operands, qk, 0, 0)
     top = lax.stop_gradient(_finite(s.max(-1, keepdims=True)))
     p = jnp.exp(s - top)
     total = p.sum(-1, keepdims=True)
     kept = p / _nonzero(total) * _dropout(plan, operands, p, 0, 0)
-    out = einsum("bkgqt,btkd->bqkgd", kept, v)
+    out = exact("bkgqt,btkd->bqkgd", kept, v)
     lse = jnp.where(total == 0, -jnp.inf, top + jnp.log(_nonzero(total)))
     lse_BLH = lse[..., 0].transpose(0, 3, 1, 2).reshape(B, L, H)
     return out.reshape(B, L, H, D).astype(q_BLHD.dtype), lse_BLH
@@ -142,9 +143,7 @@ def _logits(
     65k columns). Hidden keys get -inf.
     """
     rule = plan.rule
-    capped = qk_BKGQT * rule.softmax_scale
-    if rule.logit_softcap is not None:
-        capped = rule.logit_softcap * jnp.tanh(capped / rule.logit_softcap)
+    capped = rule.capped(qk_BKGQT * rule.softmax_scale)
 
     rows_Q = i * plan.block_q + jnp.arange(plan.block_q, dtype=jnp.int32)
     columns_T = j * plan.block_k + jnp.arange(plan.block_k, dtype=jnp.int32)
@@ -194,7 +193,7 @@ def _flash(
     plan: _Plan, q_BLHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, x: Operands
 ) -> tuple[jax.Array, jax.Array]:
     K, L = k_BSKD.shape[2], q_BLHD.shape[1]
-    acc_dtype = _accumulator(q_BLHD)
+    acc_dtype = accumulator(q_BLHD)
     q_BKGLD = _rows_by_head(plan, q_BLHD, K)
     k_BKSD, v_BKSD, x = _columns_by_head(plan, k_BSKD, v_BSKD, x)
 
@@ -205,14 +204,14 @@ def _flash(
             top, total, acc = state
             k_BKTD = _cut(k_BKSD, j, plan.block_k, axis=2)
             v_BKTD = _cut(v_BKSD, j, plan.block_k, axis=2)
-            qk = _einsum("bkgqd,bktd->bkgqt", q_BKGQD, k_BKTD)
+            qk = einsum("bkgqd,bktd->bkgqt", q_BKGQD, k_BKTD)
             _, s = _logits(plan, x, qk, i, j)
             new_top = jnp.maximum(top, s.max(-1, keepdims=True))
             shift = _finite(new_top)
             p, shrink = jnp.exp(s - shift), jnp.exp(top - shift)
             total = total * shrink + p.sum(-1, keepdims=True)
             kept = (p * _dropout(plan, x, p, i, j)).astype(v_BKTD.dtype)
-            acc = acc * shrink + _einsum("bkgqt,bktd->bkgqd", kept, v_BKTD)
+            acc = acc * shrink + einsum("bkgqt,bktd->bkgqd", kept, v_BKTD)
             return new_top, total, acc
 
         zeros = jnp.zeros((*q_BKGQD.shape[:-1], 1), acc_dtype)
@@ -244,7 +243,7 @@ def _flash_backward(plan, residuals, cotangents):
     q_BLHD, k_BSKD, v_BSKD, x, out_BLHD, lse_BLH = residuals
     dout_BLHD, dlse_BLH = cotangents
     K, L = k_BSKD.shape[2], q_BLHD.shape[1]
-    acc_dtype = _accumulator(q_BLHD)
+    acc_dtype = accumulator(q_BLHD)
     delta_BLH = (dout_BLHD.astype(acc_dtype) * out_BLHD).sum(-1) - dlse_BLH
     # A row that sees nothing, or is padding, has lse +inf here: then p = 0.
     empty = lse_BLH == -jnp.inf
@@ -265,19 +264,19 @@ def _flash_backward(plan, residuals, cotangents):
             dq, dk, dv = state
             k_BKTD = _cut(k_BKSD, j, plan.block_k, axis=2)
             v_BKTD = _cut(v_BKSD, j, plan.block_k, axis=2)
-            qk = _einsum("bkgqd,bktd->bkgqt", q_BKGQD, k_BKTD)
+            qk = einsum("bkgqd,bktd->bkgqt", q_BKGQD, k_BKTD)
             capped, s = _logits(plan, x, qk, i, j)
             p = jnp.exp(s - lse_i)
             drop = _dropout(plan, x, p, i, j)
-            dp = _einsum("bkgqd,bktd->bkgqt", dout_BKGQD, v_BKTD) * drop
+            dp = einsum("bkgqd,bktd->bkgqt", dout_BKGQD, v_BKTD) * drop
             ds = p * (dp - delta_i) * plan.rule.softmax_scale
             if plan.rule.logit_softcap is not None:
                 ds = ds * (1 - (capped / plan.rule.logit_softcap) ** 2)
             kept, ds = (p * drop).astype(dout_BKGQD.dtype), ds.astype(q_BKGQD.dtype)
-            dq = dq + _einsum("bkgqt,bktd->bkgqd", ds, k_BKTD)
+            dq = dq + einsum("bkgqt,bktd->bkgqd", ds, k_BKTD)
             # This way round XLA transposes q and dout, not the larger ds and p.
-            dk_j = _einsum("bkgqd,bkgqt->bkdt", q_BKGQD, ds)
-            dv_j = _einsum("bkgqd,bkgqt->bkdt", dout_BKGQD, kept)
+            dk_j = einsum("bkgqd,bkgqt->bkdt", q_BKGQD, ds)
+            dv_j = einsum("bkgqd,bkgqt->bkdt", dout_BKGQD, kept)
             return dq, _add_columns(plan, dk, j, dk_j), _add_columns(plan, dv, j, dv_j)
 
         dq, dk, dv = grads
@@ -354,7 +353,7 @@ def _rows_by_head(
     """(B, K, G, padded L, D)"""
     B, L, H, D = a_BLHD.shape
     a_BKGLD = a_BLHD.transpose(0, 2, 1, 3).reshape(B, n_kv_heads, H // n_kv_heads, L, D)
-    return _pad(a_BKGLD, plan.row_blocks * plan.block_q, value, axis=3)
+    return pad_to(a_BKGLD, plan.block_q, axis=3, fill=value)
 
 
 def _rows_by_position(a_BKGLD: jax.Array, length: int) -> jax.Array:
@@ -367,14 +366,17 @@ def _columns_by_head(
     plan: _Plan, k_BSKD: jax.Array, v_BSKD: jax.Array, x: Operands
 ) -> tuple[jax.Array, jax.Array, Operands]:
     """k and v as (B, K, padded S, D), and the operands padded alike."""
-    width = plan.column_blocks * plan.block_k
+
+    def padded(a: jax.Array | None, block: int) -> jax.Array | None:
+        return None if a is None else pad_to(a, block)
+
     k_BKSD, v_BKSD = (
-        _pad(a.transpose(0, 2, 1, 3), width, axis=2) for a in (k_BSKD, v_BSKD)
+        pad_to(a.transpose(0, 2, 1, 3), plan.block_k, axis=2) for a in (k_BSKD, v_BSKD)
     )
     x = x._replace(
-        q_segment_ids_BL=_pad(x.q_segment_ids_BL, plan.row_blocks * plan.block_q),
-        kv_segment_ids_BS=_pad(x.kv_segment_ids_BS, width),
-        prefix_mask_BS=_pad(x.prefix_mask_BS, width),
+        q_segment_ids_BL=padded(x.q_segment_ids_BL, plan.block_q),
+        kv_segment_ids_BS=padded(x.kv_segment_ids_BS, plan.block_k),
+        prefix_mask_BS=padded(x.prefix_mask_BS, plan.block_k),
     )
     return k_BKSD, v_BKSD, x
 
@@ -392,23 +394,6 @@ def _cut(a: jax.Array, block: ArrayLike, size: int, axis: int = 1) -> jax.Array:
 
 def _put(a: jax.Array, start: ArrayLike, block: jax.Array, axis: int) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(a, block, start, axis=axis)
-
-
-def _pad(
-    a: jax.Array | None, length: int, value: float = 0, axis: int = 1
-) -> jax.Array | None:
-    if a is None or a.shape[axis] == length:
-        return a
-    widths = [(0, length - n if d == axis else 0) for d, n in enumerate(a.shape)]
-    return jnp.pad(a, widths, constant_values=value)
-
-
-def _accumulator(a: jax.Array) -> jnp.dtype:
-    return jnp.promote_types(a.dtype, jnp.float32)
-
-
-def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=_accumulator(a))
 
 
 def _finite(a: jax.Array) -> jax.Array:

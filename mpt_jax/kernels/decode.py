@@ -25,20 +25,16 @@ from jax import lax
 
 from mpt_jax.kernels import skip
 from mpt_jax.kernels.attention import Rule
+from mpt_jax.kernels.blocks import accumulator, einsum
 
 NORM_BLOCK = 128
 # A step of the XLA form: large enough that the loop around it costs nothing.
 _STEP = 1024
-# Covers float32 rounding: of norms and self logits, and of exponents and their sum.
-_NORM_MARGIN, _MASS_MARGIN = 2.0**-14, 0.99
 
 
 def key_norms(k_BKSD: jax.Array) -> jax.Array:
     """(B, K, J) float32: the largest norm in each block of keys of a whole cache."""
-    norms = jnp.sqrt(jnp.square(k_BKSD.astype(jnp.float32)).sum(-1))
-    missing = -norms.shape[-1] % NORM_BLOCK
-    norms = jnp.pad(norms, [(0, 0), (0, 0), (0, missing)])
-    return norms.reshape(*norms.shape[:2], -1, NORM_BLOCK).max(-1)
+    return skip.blocks(skip.norms(k_BKSD), NORM_BLOCK).max(-1)
 
 
 def add_key_norms(
@@ -46,7 +42,7 @@ def add_key_norms(
 ) -> jax.Array:
     """key_norms after L new keys were written from column start_B of each row on."""
     B, K, L, _ = k_BKLD.shape
-    new_BKL = jnp.sqrt(jnp.square(k_BKLD.astype(jnp.float32)).sum(-1))
+    new_BKL = skip.norms(k_BKLD)
     block_BL = (start_B[:, None] + jnp.arange(L)[None, :]) // NORM_BLOCK
     rows, heads = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
     return norms_BKJ.at[rows, heads, block_BL[:, None, :]].max(new_BKL)
@@ -130,12 +126,12 @@ def first_blocks(
         k_BKSD, jnp.clip(position_BL, 0)[:, None, :, None], axis=2
     ).astype(jnp.float32)
     q_BKGLD = _by_kv_head(q_BLHD, K).astype(jnp.float32)
-    q_norms, own_norms = (jnp.sqrt((a * a).sum(-1)) for a in (q_BKGLD, own_BKLD))
-    rounding = _NORM_MARGIN * q_norms * own_norms[:, :, None]
+    q_norms, own_norms = skip.norms(q_BKGLD), skip.norms(own_BKLD)
+    rounding = skip.NORM_MARGIN * q_norms * own_norms[:, :, None]
     own = (q_BKGLD * own_BKLD[:, :, None]).sum(-1) * rule.softmax_scale
-    least = _capped(rule, own - abs(rule.softmax_scale) * rounding)
+    least = rule.capped(own - abs(rule.softmax_scale) * rounding)
     top = q_norms[..., None] * key_norms_BKJ[:, :, None, None]
-    most = _capped(rule, abs(rule.softmax_scale) * (1 + _NORM_MARGIN) * top)
+    most = rule.capped(abs(rule.softmax_scale) * (1 + skip.NORM_MARGIN) * top)
 
     last_J = (jnp.arange(key_norms_BKJ.shape[-1], dtype=jnp.int32) + 1) * NORM_BLOCK - 1
     gap_BLJ = position_BL[..., None] - last_J[None, None, :]
@@ -146,7 +142,9 @@ def first_blocks(
     ratio = sums * jnp.exp(most - slopes * gap_BLJ[:, None, None] - least[..., None])
     provable = (gap_BLJ > 0)[:, None, None] & (slopes > 0)
     mass = jnp.cumsum(jnp.where(provable, ratio, jnp.inf), axis=-1)
-    erased = (mass <= eps * _MASS_MARGIN).sum(-1, dtype=jnp.int32)  # NaN counts as not
+    erased = (mass <= eps * skip.MASS_MARGIN).sum(
+        -1, dtype=jnp.int32
+    )  # NaN counts as not
     return jnp.maximum(first_BK, erased.min((2, 3)))
 
 
@@ -167,7 +165,7 @@ def _decode_xla(
     (B, L, H, D), (_, K, S, _) = q_BLHD.shape, k_BKSD.shape
     G, step = H // K, min(_STEP, S)
     q_BKRD = _by_kv_head(q_BLHD, K).reshape(B, K, G * L, D)
-    acc_dtype = jnp.promote_types(q_BLHD.dtype, jnp.float32)
+    acc_dtype = accumulator(q_BLHD)
     position_BL = lengths_B[:, None] - L + jnp.arange(L, dtype=jnp.int32)[None, :]
     position_BR = jnp.tile(position_BL, (1, G))
     bias_slope_KR = jnp.zeros((K, G * L), acc_dtype)
@@ -181,8 +179,8 @@ def _decode_xla(
         start = jnp.minimum(n * step, S - step)
         k, v = (lax.dynamic_slice_in_dim(a, start, step, 2) for a in (k_BKSD, v_BKSD))
         column_T = start + jnp.arange(step, dtype=jnp.int32)
-        s = _einsum("bkrd,bktd->bkrt", q_BKRD, k) * rule.softmax_scale
-        s = _capped(rule, s)
+        s = einsum("bkrd,bktd->bkrt", q_BKRD, k) * rule.softmax_scale
+        s = rule.capped(s)
         away_BRT = position_BR[..., None] - column_T[None, None, :]
         s -= bias_slope_KR[None, :, :, None] * away_BRT[:, None].astype(acc_dtype)
         seen_BRT = (away_BRT >= 0) & (column_T >= n * step)[None, None]
@@ -194,7 +192,7 @@ def _decode_xla(
         # What a cache holds beyond its length may be anything, even NaN.
         live_BT = column_T[None, :] < lengths_B[:, None]
         v = jnp.where(live_BT[:, None, :, None], v, 0)
-        acc = acc * shrink + _einsum("bkrt,bktd->bkrd", p.astype(v.dtype), v)
+        acc = acc * shrink + einsum("bkrt,bktd->bkrd", p.astype(v.dtype), v)
         return acc, new_top, total * shrink + p.sum(-1, keepdims=True)
 
     zeros = jnp.zeros((B, K, G * L, 1), acc_dtype)
@@ -215,13 +213,3 @@ def _by_kv_head(q_BLHD: jax.Array, n_kv_heads: int) -> jax.Array:
     """(B, K, G, L, D)"""
     B, L, H, D = q_BLHD.shape
     return q_BLHD.swapaxes(1, 2).reshape(B, n_kv_heads, H // n_kv_heads, L, D)
-
-
-def _capped(rule: Rule, logits: jax.Array) -> jax.Array:
-    cap = rule.logit_softcap
-    return logits if cap is None else cap * jnp.tanh(logits / cap)
-
-
-def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(a.dtype, jnp.float32)
-    return jnp.einsum(equation, a, b, preferred_element_type=wide)

@@ -22,6 +22,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from mpt_jax.kernels.attention import Operands, Rule
+from mpt_jax.kernels.blocks import pad_to
 
 # The softmax of a row, rounded to float32, does not see a mass smaller than this.
 DEFAULT_EPS = 2.0**-24
@@ -30,9 +31,9 @@ DEFAULT_EPS = 2.0**-24
 # where they skip a third.
 _SHORT_ROW = 8
 # Covers the rounding of norms and self logits: sums of at most 512 float32 products.
-_NORM_MARGIN = 2.0**-14
+NORM_MARGIN = 2.0**-14
 # Covers the rounding of exponents and of the cumulative sum.
-_MASS_MARGIN = 0.99
+MASS_MARGIN = 0.99
 
 
 class Ranges(NamedTuple):
@@ -98,7 +99,7 @@ def lower_key_blocks(
     ratio_BHIJ = _mass_ratios(*constants, rule, operands, block_q, block_k)
     mass_BHIJ = jnp.cumsum(jnp.where(unseen_BIJ[:, None], 0, ratio_BHIJ), axis=-1)
     # NaN compares false: not erased. The masses grow with J, so that this is a count.
-    erased_BHI = (mass_BHIJ <= eps * _MASS_MARGIN).sum(-1, dtype=jnp.int32)
+    erased_BHI = (mass_BHIJ <= eps * MASS_MARGIN).sum(-1, dtype=jnp.int32)
     return jnp.clip(erased_BHI, unseen_BHI, nk)
 
 
@@ -129,7 +130,7 @@ def block_visibility(
     if rule.causal:
         some, full = (least <= 0)[None], most <= 0
         if operands.prefix_mask_BS is not None:
-            prefix_BJ = _blocks(operands.prefix_mask_BS, block_k, False).any(-1)
+            prefix_BJ = blocks(operands.prefix_mask_BS, block_k, False).any(-1)
             some = some | prefix_BJ[:, None, :]
     if rule.window is not None:
         some = some & ((least <= rule.window) & (most >= -rule.window))[None]
@@ -206,16 +207,16 @@ def _mass_ratios(
     """
     L, H, S, K = *q_BLHD.shape[1:3], *k_BSKD.shape[1:3]
     slopes_H = lax.stop_gradient(jnp.asarray(x.slopes_H, jnp.float32))
-    q_norms_BHL, k_norms_BKS = (_norms(a).swapaxes(1, 2) for a in (q_BLHD, k_BSKD))
+    q_norms_BHL, k_norms_BKS = (norms(a).swapaxes(1, 2) for a in (q_BLHD, k_BSKD))
 
     first_row, _ = _edges(L, block_q)
     _, last_column = _edges(S, block_k)
     gap_IJ = _row_in_columns(x, first_row)[:, None] - last_column[None, :]
 
-    q_top_BHI = _blocks(q_norms_BHL, block_q, 0).max(-1)
-    k_top_BHJ = jnp.repeat(_blocks(k_norms_BKS, block_k, 0).max(-1), H // K, axis=1)
+    q_top_BHI = blocks(q_norms_BHL, block_q, 0).max(-1)
+    k_top_BHJ = jnp.repeat(blocks(k_norms_BKS, block_k, 0).max(-1), H // K, axis=1)
     dot_BHIJ = q_top_BHI[..., None] * k_top_BHJ[..., None, :]
-    most_BHIJ = _capped(rule, abs(rule.softmax_scale) * dot_BHIJ * (1 + _NORM_MARGIN))
+    most_BHIJ = rule.capped(abs(rule.softmax_scale) * dot_BHIJ * (1 + NORM_MARGIN))
 
     # sum_{t < block_k} exp(-slope t), and its limit at slope 0.
     safe_H = jnp.where(slopes_H > 0, slopes_H, 1)
@@ -263,9 +264,8 @@ def _row_floors(
     dot = (q_BLKGD * near_BLKD[:, :, :, None].astype(jnp.float32)).sum(-1)
     dot_BHL = dot.reshape(B, L, H).swapaxes(1, 2)
     near_norms_BKL = _take(k_norms_BKS.swapaxes(1, 2), nearest_L, x).swapaxes(1, 2)
-    rounding = _NORM_MARGIN * q_norms_BHL * jnp.repeat(near_norms_BKL, H // K, axis=1)
-    logit_BHL = _capped(
-        rule,
+    rounding = NORM_MARGIN * q_norms_BHL * jnp.repeat(near_norms_BKL, H // K, axis=1)
+    logit_BHL = rule.capped(
         rule.softmax_scale * dot_BHL - abs(rule.softmax_scale) * rounding,
     )
     slopes_H1 = lax.stop_gradient(jnp.asarray(x.slopes_H, jnp.float32))[:, None]
@@ -276,16 +276,12 @@ def _row_floors(
     if x.q_segment_ids_BL is not None:
         padding_BL = x.q_segment_ids_BL == 0
         floor_BHL = jnp.where(padding_BL[:, None], jnp.inf, floor_BHL)
-    return _blocks(floor_BHL, block_q, jnp.inf).min(-1)
+    return blocks(floor_BHL, block_q, jnp.inf).min(-1)
 
 
-def _capped(rule: Rule, logit: jax.Array) -> jax.Array:
-    cap = rule.logit_softcap
-    return logit if cap is None else cap * jnp.tanh(logit / cap)
-
-
-def _norms(a_BLHD: jax.Array) -> jax.Array:
-    return jnp.sqrt(jnp.square(a_BLHD.astype(jnp.float32)).sum(-1))
+def norms(a: jax.Array) -> jax.Array:
+    """Of vectors along the last dim, in float32."""
+    return jnp.sqrt(jnp.square(a.astype(jnp.float32)).sum(-1))
 
 
 def _take(a: jax.Array, nearest_L: jax.Array, x: Operands) -> jax.Array:
@@ -307,19 +303,17 @@ def _edges(length: int, block: int) -> tuple[np.ndarray, np.ndarray]:
     return first, np.minimum(first + block, length).astype(np.int32) - 1
 
 
-def _blocks(a: jax.Array, block: int, fill: ArrayLike) -> jax.Array:
+def blocks(a: jax.Array, block: int, fill: ArrayLike = 0) -> jax.Array:
     """The last dim cut into (blocks, block)."""
-    missing = -a.shape[-1] % block
-    widths = [(0, 0)] * (a.ndim - 1) + [(0, missing)]
-    a = jnp.pad(a, widths, constant_values=fill) if missing else a
+    a = pad_to(a, block, axis=a.ndim - 1, fill=fill)
     return a.reshape(*a.shape[:-1], -1, block)
 
 
 def _segment_span(ids_BL: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """Least and greatest id of each block, padding aside; greatest < least: none."""
     limits = jnp.iinfo(ids_BL.dtype)
-    least = _blocks(jnp.where(ids_BL == 0, limits.max, ids_BL), block, limits.max)
-    most = _blocks(jnp.where(ids_BL == 0, limits.min, ids_BL), block, limits.min)
+    least = blocks(jnp.where(ids_BL == 0, limits.max, ids_BL), block, limits.max)
+    most = blocks(jnp.where(ids_BL == 0, limits.min, ids_BL), block, limits.min)
     return least.min(-1), most.max(-1)
 
 

@@ -33,6 +33,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
+from mpt_jax import durable
 from mpt_jax.config import CheckpointConfig
 from mpt_jax.errors import CheckpointError
 from mpt_jax.training import stored as disk
@@ -229,7 +230,7 @@ class Checkpoints:
             probe = self.directory / f"{SAVING}probe"
             probe.write_text("can this be written, synced and renamed?")
             if not self._remote:
-                _fsync(probe)
+                durable.fsync(probe)
             probe.rename(self.directory / f"{DELETING}probe").unlink()
             refused.pop_all()
             return lock
@@ -257,13 +258,11 @@ class Checkpoints:
         """Turns the complete ``target`` into the step; removes those not kept."""
         if not self._remote:
             # Against power loss, as older steps go next; kill -9 does not need it.
-            for folder, _, names in os.walk(target):
-                for path in (folder, *(os.path.join(folder, name) for name in names)):
-                    _fsync(path)
+            durable.fsync_tree(target)
             if self._path(step).exists():  # an abandoned one: an older step is valid
                 self._remove(step)
             target.rename(self._path(step))
-            _fsync(self.directory)
+            durable.fsync(self.directory)
         logger.info("saved %s", self._path(step))
         self._abandoned.discard(step)
         steps = self.steps()
@@ -317,12 +316,3 @@ def _lock(directory: epath.Path) -> Any:
     file.write(f"pid {os.getpid()} on {socket.gethostname()}, started {disk.now()}\n")
     file.flush()
     return file
-
-
-def _fsync(path: str | os.PathLike) -> None:
-    """Syncs a file, or a directory: without that a rename may not survive."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

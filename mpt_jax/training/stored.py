@@ -86,7 +86,9 @@ class StoredStep:
         """The parameters alone, as restore() does."""
         return self._load(params=abstract_params)["params"]
 
-    def _load(self, **abstract: Any) -> dict[str, Any]:
+    def check_fit(self, **abstract: Any) -> None:
+        """Raises: CheckpointError: naming every array of these items (trees) that is
+        not stored so."""
         expected = describe(abstract)
         stored = {k: v for k, v in self.arrays.items() if k.split(".")[0] in abstract}
         problems = [
@@ -100,6 +102,9 @@ class StoredStep:
                 f"{len(problems)} arrays do not fit:\n  " + "\n  ".join(problems),
                 location=str(self.path),
             )
+
+    def _load(self, **abstract: Any) -> dict[str, Any]:
+        self.check_fit(**abstract)
         first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
         def place(leaf: Any) -> jax.ShapeDtypeStruct:

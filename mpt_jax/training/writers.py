@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from mpt_jax import durable
 from mpt_jax.config import LogConfig
 from mpt_jax.errors import UserError
 from mpt_jax.training.progress import Guard, say
@@ -51,16 +52,6 @@ def read_metrics(path: pathlib.Path) -> Iterator[Record]:
         yield from filter(None, map(_parse, lines))
 
 
-def _replace(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
-    """Writes ``path`` whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class _Jsonl:
     """Appends records; flushed per line, so a kill tears at most the last one."""
 
@@ -83,7 +74,7 @@ class _Jsonl:
             if record and record["step"] <= step and step > 0
         ]
         if kept != lines:
-            _replace(self._path, lambda path: path.write_bytes(b"".join(kept)))
+            durable.replace(self._path, lambda path: path.write_bytes(b"".join(kept)))
 
     def write(self, step: int, wall_time: float, metrics: Mapping[str, Any]) -> None:
         if self._file is None:
@@ -272,4 +263,4 @@ def draw_loss_curve(jsonl_path: pathlib.Path, png_path: pathlib.Path) -> None:
     rate.spines[["top"]].set_visible(False)
     drawn = [line for line in (*axes.lines, *rate.lines) if len(line.get_xdata())]
     axes.legend(handles=drawn, frameon=False)
-    _replace(png_path, lambda path: figure.savefig(path, format="png"))
+    durable.replace(png_path, lambda path: figure.savefig(path, format="png"))

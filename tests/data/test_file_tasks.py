@@ -1,6 +1,5 @@
 """Files through SeqIO to rows. Needs TensorFlow: importing it takes 10 s."""
 
-import contextlib
 import gzip
 import itertools
 import json
@@ -17,6 +16,7 @@ from mpt_jax.data.ledger import Ledger
 from mpt_jax.errors import DataError
 from mpt_jax.tokenizer import ByteTokenizer
 from tests.data import oracle
+from tests.data.feeds import opened, take
 
 EOS = ByteTokenizer.eos_id
 # Different in their first characters; some fill several rows, most share one.
@@ -63,20 +63,6 @@ def make_config(*specs: str, **changes) -> TrainConfig:
          "eval": {"batches": 0},
          "data": data | changes},
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def opened(config, *, split="train", index=0, count=1, with_tokenizer=None):
-    source = feed.open_source(
-        config, split=split, tokenizer=with_tokenizer or ByteTokenizer(),
-        process_index=index, process_count=count,
-    )  # fmt: skip
-    with contextlib.closing(source):
-        yield source
-
-
-def take(source, n: int) -> np.ndarray:
-    return np.concatenate([next(source)["tokens"] for _ in range(n)])
 
 
 def documents_of(rows: np.ndarray) -> list[str]:
@@ -252,7 +238,7 @@ def test_eos_of_id_0_reaches_the_loss_weights(folder, neox):
     """As GPT-NeoX's: neither padding nor dropped nor unlearnt."""
     assert neox.eos_id == 0
     config = make_config(f"jsonl:{folder}", shuffle_buffer=0)
-    with opened(config, with_tokenizer=neox) as source:
+    with opened(config, tokenizer=neox) as source:
         batches = [next(source) for _ in range(12)]
     rows = np.concatenate([b["tokens"] for b in batches])
     expected = oracle.pack([neox.encode(t) for t in TEXTS * 2], length=64, eos_id=0)
@@ -265,11 +251,11 @@ def test_eos_of_id_0_reaches_the_loss_weights(folder, neox):
 
 def test_resume_is_exact_with_a_python_tokenizer(folder, neox):
     config = make_config(f"jsonl:{folder}", packing="bins")
-    with opened(config, with_tokenizer=neox) as source:
+    with opened(config, tokenizer=neox) as source:
         take(source, 9)
         state = source.state()
         expected = take(source, 60)
-    with opened(config, with_tokenizer=neox) as fresh:
+    with opened(config, tokenizer=neox) as fresh:
         fresh.restore(state)
         np.testing.assert_array_equal(take(fresh, 60), expected)
 
@@ -324,7 +310,7 @@ def test_the_mixture_of_mpt_7b_in_miniature(shared_data, tmp_path):
     shares = tasks.rates(config.data)
     assert len(shares) == 10
     assert sum(shares.values()) == pytest.approx(1)
-    with opened(config, with_tokenizer=feed.tokenizer(config)) as source:
+    with opened(config, tokenizer=feed.tokenizer(config)) as source:
         rows = [next(source) for _ in range(60)]
         seen = source.metrics()
     assert all(row["tokens"].shape == (8, 256) for row in rows)

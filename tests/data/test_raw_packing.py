@@ -1,43 +1,24 @@
 """Both packings through tf.data: what rows hold, what is learned, resuming."""
 
 import collections
-import contextlib
 import itertools
 import json
 
 import numpy as np
 import pytest
 
-from mpt_jax.config import TrainConfig, parse
-from mpt_jax.data import feed, tasks
+from mpt_jax.data import tasks
 from mpt_jax.errors import DataError
 from mpt_jax.tokenizer import ByteTokenizer
+from tests.data import feeds
+from tests.data.feeds import LOWER, TINY, UPPER, make_config, small_tasks  # noqa: F401
 
 EOS = ByteTokenizer.eos_id
-LOWER = {f"l{i}": f"{i}" + "abcdefgh"[i % 8] * (i % 59) for i in range(160)}
-UPPER = {f"u{i}": f"{i}" + "ABCDEFGH"[i % 8] * (i % 59) for i in range(160)}
-TINY = {
-    "steps": 1,
-    "global_batch_size": 4,
-    "model": {"vocab_size": 257},
-    "data": {
-        "tasks": ("lower", "upper"),
-        "rates": (3.0, 1.0),
-        "tokenizer": "bytes",
-        "seq_len": 32,
-        "shuffle_buffer": 16,
-    },
-}
 ONE = {"data.tasks": "('lower',)", "data.rates": "(1,)", "global_batch_size": 1}
 KINDS = ({"data.packing": "mpt"}, {"data.packing": "bins"})
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_tasks():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tasks.TASKS, "lower", lambda: LOWER)
-        patch.setitem(tasks.TASKS, "upper", lambda: UPPER)
-        yield
+pytestmark = pytest.mark.usefixtures("small_tasks")
 
 
 class ZeroEos(ByteTokenizer):
@@ -46,15 +27,8 @@ class ZeroEos(ByteTokenizer):
     vocab_size, eos_id, fingerprint = 256, 0, "zero"
 
 
-@contextlib.contextmanager
-def opened(overrides=None, *, split="train", tokenizer=None):
-    texts = {path: str(value) for path, value in (overrides or {}).items()}
-    source = feed.open_source(
-        parse(TrainConfig, TINY, texts), split=split,
-        tokenizer=tokenizer or ByteTokenizer(), process_index=0, process_count=1,
-    )  # fmt: skip
-    with contextlib.closing(source):
-        yield source
+def opened(overrides=None, **kwargs):
+    return feeds.opened(make_config(overrides), **kwargs)
 
 
 def documents_of(batch):

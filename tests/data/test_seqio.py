@@ -1,6 +1,5 @@
 """Everything that needs TensorFlow, in one file: importing it takes 10 s."""
 
-import contextlib
 import json
 import re
 import subprocess
@@ -12,59 +11,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpt_jax.config import TrainConfig, parse
 from mpt_jax.data import feed, packing, stdlib_corpus, tasks
 from mpt_jax.errors import CheckpointError, ConfigError, DataError
 from mpt_jax.tokenizer import ByteTokenizer
-from tests.data import oracle
+from tests.data import feeds, oracle
+from tests.data.feeds import LOWER, TINY, UPPER, make_config, small_tasks, take  # noqa: F401
 
 EOS = ByteTokenizer.eos_id
-# Letters tell a row's task, numbers its document. Lengths are 2 to 60 bytes: documents
-# share rows and rows share documents.
-LOWER = {f"l{i}": f"{i}" + "abcdefgh"[i % 8] * (i % 59) for i in range(160)}
-UPPER = {f"u{i}": f"{i}" + "ABCDEFGH"[i % 8] * (i % 59) for i in range(160)}
-TINY = {
-    "steps": 1,
-    "global_batch_size": 4,
-    "model": {"vocab_size": 257},
-    "data": {
-        "tasks": ("lower", "upper"),
-        "rates": (3.0, 1.0),
-        "tokenizer": "bytes",
-        "seq_len": 32,
-        "shuffle_buffer": 16,
-    },
-}
 ONE = {"data.tasks": "('lower',)", "data.rates": "(1,)"}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_tasks():
-    from mpt_jax.data import seqio_adapters  # noqa: F401  (here, not in the first test)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tasks.TASKS, "lower", lambda: LOWER)
-        patch.setitem(tasks.TASKS, "upper", lambda: UPPER)
-        yield
+pytestmark = pytest.mark.usefixtures("small_tasks")
 
 
-def make_config(overrides=None) -> TrainConfig:
-    texts = {path: str(value) for path, value in (overrides or {}).items()}
-    return parse(TrainConfig, TINY, texts)
-
-
-@contextlib.contextmanager
-def opened(overrides=None, *, index=0, count=1, split="train"):
-    source = feed.open_source(
-        make_config(overrides), split=split, tokenizer=ByteTokenizer(),
-        process_index=index, process_count=count,
-    )  # fmt: skip
-    with contextlib.closing(source):
-        yield source
-
-
-def take(source, n: int) -> np.ndarray:
-    return np.concatenate([next(source)["tokens"] for _ in range(n)])
+def opened(overrides=None, **kwargs):
+    return feeds.opened(make_config(overrides), **kwargs)
 
 
 def documents_of(rows: np.ndarray) -> list[str]:
