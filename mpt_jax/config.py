@@ -115,7 +115,7 @@ class InitConfig:
     init_std: float | None = knob(None, "std of baseline_")
 
 
-RematPolicy = Literal["none", "attention", "dots", "full"]
+RematPolicy = Literal["none", "attention", "dots", "full", "offload"]
 DType = Literal["float32", "bfloat16"]
 
 
@@ -155,12 +155,16 @@ class ModelConfig:
     param_dtype: DType = knob("float32", "stored parameters (moments are float32)")
     remat: RematPolicy = knob(
         "none", "backward recomputes: nothing; all but attention; all but attention "
-        "and matmuls; whole blocks"
+        "and matmuls; whole blocks; all but attention, kept in the host's memory"
     )  # fmt: skip
     scan_layers: bool = knob(True, "one compiled block, scanned (compiles 10x faster)")
     attention: Literal["auto", "xla", "tpu", "gpu", "reference"] = knob(
         "auto", "attention kernel; a named one never falls back"
     )
+    attention_skip: Literal["auto", "off"] | float = knob(
+        "auto", "share of each row's softmax that a kernel may leave out, of keys that "
+        "ALiBi has erased; auto: 2^-24 where rows are long, off: none"
+    )  # fmt: skip
 
     @property
     def n_kv_heads(self) -> int:
@@ -331,7 +335,9 @@ class MeshConfig:
     data: int = knob(1, "replicas; batch is split, parameters are copied")
     fsdp: int = knob(-1, "batch and parameters are split; -1 takes the devices left")
     tensor: int = knob(1, "heads, mlp and vocab are split")
-    context: int = knob(1, "sequence is split (not supported yet: must be 1)")
+    context: int = knob(
+        1, "sequence and parameters are split; keys go round a ring of these devices"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -387,6 +393,18 @@ class SuperviseConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcessesConfig:
+    arrival_seconds: float = knob(
+        300.0, "until all processes of a job must have come (a pod's hosts boot within "
+        "minutes of each other)"
+    )  # fmt: skip
+    silence_seconds: float = knob(
+        20.0, "without a word from a process until it is lost (a live migration, or a "
+        "long hold of Python's lock, takes a few)"
+    )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainConfig:
     seed: int = knob(17, "parameters, data order and dropout")
     steps: int | None = knob(None, "training length; or tokens")
@@ -397,8 +415,9 @@ class TrainConfig:
         1800.0, "no step for so long: dump the stacks, exit 75; 0 is off"
     )
     compilation_cache: str = knob(
-        "", "directory of JAX's persistent compilation cache; default none"
-    )
+        "auto", "directory where compiled programs are kept for the next start; auto: "
+        "WORKDIR/compiled, but for CPUs, whose programs fit one model only; '': none"
+    )  # fmt: skip
     model: ModelConfig = knob(ModelConfig(), "the model")
     data: DataConfig = knob(DataConfig(), "the data")
     optim: OptimConfig = knob(OptimConfig(), "the optimizer")
@@ -410,6 +429,7 @@ class TrainConfig:
     stability: StabilityConfig = knob(StabilityConfig(), "divergence")
     sample: SampleConfig = knob(SampleConfig(), "the sample at the end")
     supervise: SuperviseConfig = knob(SuperviseConfig(), "--supervise")
+    processes: ProcessesConfig = knob(ProcessesConfig(), "a job of several processes")
 
     @property
     def seq_len(self) -> int:
@@ -437,9 +457,10 @@ class TrainConfig:
 # refused: it would change the model, the data order or the optimizer's meaning.
 RESUME_FREE = (
     "steps", "tokens", "watchdog_seconds", "compilation_cache", "mesh", "checkpoint",
-    "eval", "log", "stability", "sample", "supervise", "data.cache_dir", "microbatches",
-    "data.prepared", "data.max_bad_fraction",
-    "model.remat", "model.scan_layers", "model.attention", "loss.chunk_tokens",
+    "eval", "log", "stability", "sample", "supervise", "processes", "data.cache_dir",
+    "microbatches", "data.prepared", "data.max_bad_fraction",
+    "model.remat", "model.scan_layers", "model.attention", "model.attention_skip",
+    "loss.chunk_tokens",
 )  # fmt: skip
 
 # ------------------------------------------------------------------------- parsing
@@ -463,7 +484,9 @@ def _convert(hint: Any, value: Any) -> Any:
     """``value`` as ``hint``; raises ValueError when it is not one."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(value, Override):
-        value = _from_text(hint, value)
+        # "none" is a word of some Literals, and no value to them.
+        word = origin is Literal and str(value) in args
+        value = str(value) if word else _from_text(hint, value)
     if origin in (types.UnionType, typing.Union):
         for option in sorted(args, key=lambda a: a is str):  # str takes anything: last
             try:

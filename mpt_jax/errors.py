@@ -2,8 +2,8 @@
 
 Exit codes (documented in README): 0 done, or preempted and saved; 1 internal;
 2 user or configuration; 3 data; 4 checkpoint; 75 no step for watchdog_seconds;
-77 training diverged. A verb prints one line for an MptError and keeps the traceback
-for ``--traceback``.
+76 another process of the job is lost; 77 training diverged. A verb prints one line for
+an MptError and keeps the traceback for ``--traceback``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ EXIT_USER = 2
 EXIT_DATA = 3
 EXIT_CHECKPOINT = 4
 EXIT_STUCK = 75
+EXIT_PEER_LOST = 76
 EXIT_DIVERGED = 77
 
 
@@ -75,6 +76,13 @@ class CheckpointError(MptError):
 
     exit_code = EXIT_CHECKPOINT
     kind = "checkpoint error"
+
+
+class PeerError(MptError):
+    """Another process of the job did not come, or is gone."""
+
+    exit_code = EXIT_PEER_LOST
+    kind = "process lost"
 
 
 class DivergedError(MptError):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from mpt_jax.partitioning import shard, shards
 
-# Legend: G data shards of the batch, T tokens of one shard, C tokens of one chunk.
+# Legend: G shards of the tokens, T tokens of one shard, C tokens of one chunk.
 
 
 class LossSums(NamedTuple):
@@ -44,10 +44,10 @@ def next_token_loss(
 
     Position l predicts tokens[l + 1] with weight loss_mask[l + 1]; the last position
     predicts nothing, as MPT's labels are the tokens rolled by one. Logits exist for
-    ``chunk_tokens`` tokens per data shard at a time. The gradient of a chunk is taken
+    ``chunk_tokens`` tokens per shard at a time. The gradient of a chunk is taken
     while its logits are there (the loss is a scalar, so the backward pass only scales
-    it): three vocabulary matmuls a step where recomputation needs four. Each data shard
-    keeps its own sum of the head's gradient, so the sharded axes meet once, at the end.
+    it): three vocabulary matmuls a step where recomputation needs four. Each shard of
+    the tokens keeps its own sum of the head's gradient: they meet once, at the end.
 
     Args:
       hidden_BLE: normed final states, compute dtype.
@@ -110,19 +110,20 @@ def _scan_chunks(
 ):
     """((total, ce, z), (d total/d hidden, d total/d unembed)); gradients optional."""
     B, L, E = hidden_BLE.shape
-    V, G = unembed_VE.shape[0], shards("batch")
-    T = B * L // G
+    V, rows, parts = unembed_VE.shape[0], shards("batch"), shards("length")
+    G, T = rows * parts, B * L // (rows * parts)
     n_chunks = -(-T // options.chunk_tokens)
     C = -(-T // n_chunks)
     dtype = hidden_BLE.dtype
     head_VE = shard(unembed_VE.astype(dtype), "vocab", "act_embed")
 
     def chunked(x, *trailing):
-        x = x.reshape(G, T, *trailing)
+        x = x.reshape(rows, B // rows, parts, L // parts, *trailing)
+        x = x.swapaxes(1, 2).reshape(G, T, *trailing)
         padding = [(0, 0), (0, n_chunks * C - T)] + [(0, 0)] * len(trailing)
         x = jnp.pad(x, padding).reshape(G, n_chunks, C, *trailing)
         x = jnp.moveaxis(x, 1, 0)
-        return shard(x, None, "batch", *[None] * (x.ndim - 2))
+        return shard(x, None, "tokens", *[None] * (x.ndim - 2))
 
     def step(carry, chunk):
         sums, dhead_GVE = carry
@@ -130,7 +131,7 @@ def _scan_chunks(
         raw_GCV = options.logit_scale * jnp.einsum(
             "gce,ve->gcv", x_GCE, head_VE, preferred_element_type=jnp.float32
         )
-        raw_GCV = shard(raw_GCV, "batch", None, "act_vocab")
+        raw_GCV = shard(raw_GCV, "tokens", None, "act_vocab")
         cap = options.logit_softcap
         logits_GCV = raw_GCV if cap is None else cap * jnp.tanh(raw_GCV / cap)
         log_z_GC = jax.nn.logsumexp(logits_GCV, axis=-1)
@@ -152,19 +153,20 @@ def _scan_chunks(
         dhead_GVE = dhead_GVE + jnp.einsum(
             "gcv,gce->gve", d_GCV, x_GCE, preferred_element_type=jnp.float32
         )
-        return (sums, shard(dhead_GVE, "batch", "act_vocab", None)), dx_GCE
+        return (sums, shard(dhead_GVE, "tokens", "act_vocab", None)), dx_GCE
 
     zero_G = jnp.zeros((G,), jnp.float32)
     dhead_GVE = jnp.zeros((G, V, E) if with_grads else (), jnp.float32)
     if with_grads:
-        dhead_GVE = shard(dhead_GVE, "batch", "act_vocab", None)
+        dhead_GVE = shard(dhead_GVE, "tokens", "act_vocab", None)
     chunks = (chunked(hidden_BLE, E), chunked(targets_BL), chunked(weights_BL))
     (sums, dhead_GVE), dx = jax.lax.scan(step, ((zero_G, zero_G), dhead_GVE), chunks)
     ce, z = jnp.sum(sums[0]), jnp.sum(sums[1])
     totals = (ce + options.z_loss * z, ce, z)
     if not with_grads:
         return totals, None
-    dx = jnp.moveaxis(dx, 0, 1).reshape(G, n_chunks * C, E)[:, :T].reshape(B, L, E)
-    dx = shard(dx, "batch", "length", "act_embed")
+    dx = jnp.moveaxis(dx, 0, 1).reshape(G, n_chunks * C, E)[:, :T]
+    dx = dx.reshape(rows, parts, B // rows, L // parts, E).swapaxes(1, 2)
+    dx = shard(dx.reshape(B, L, E), "batch", "length", "act_embed")
     dhead_VE = jnp.sum(dhead_GVE, axis=0).astype(unembed_VE.dtype)
     return totals, (dx, shard(dhead_VE, "vocab", "embed"))

@@ -2,29 +2,41 @@
 
 The same command again resumes where the last one stopped. Ctrl-C (or SIGTERM) saves a
 checkpoint and stops; nothing is lost and no token is seen twice.
+
+Several processes train one model: each runs this command, on a Cloud TPU pod or under
+SLURM or Open MPI as it is, elsewhere with --coordinator, --processes and --process.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pathlib
-import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpt_jax import cli
-from mpt_jax.config import TrainConfig, resume_differences, to_json
-from mpt_jax.errors import EXIT_OK, ConfigError, DivergedError, run_verb
+import mpt_jax
+from mpt_jax import cli, runtime
+from mpt_jax.config import TrainConfig, flatten, resume_differences, to_json
+from mpt_jax.errors import (
+    EXIT_INTERNAL,
+    EXIT_OK,
+    ConfigError,
+    DivergedError,
+    MptError,
+    run_verb,
+)
 from mpt_jax.validate import check_mesh
 
 if TYPE_CHECKING:
     from mpt_jax.training.checkpoints import StoredStep
     from mpt_jax.training.metrics import Throughput
+    from mpt_jax.training.peers import Peers
     from mpt_jax.training.stability import Verdict
     from mpt_jax.training.step import Objective, TrainState
+    from mpt_jax.training.stop import Stop
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,6 +60,15 @@ def main(argv: Sequence[str]) -> int:
         help="print shapes, parameters, memory and tokens, compile the step, and stop",
     )
     add("--supervise", action="store_true", help="restart the trainer when it fails")
+    add(
+        "--profile",
+        metavar="FIRST:LAST",
+        type=_steps,
+        help="trace these steps into WORKDIR/profile, for XProf (TensorBoard)",
+    )
+    for flag, (metavar, meaning) in PROCESS_FLAGS.items():
+        variable = runtime.VARIABLES[flag]
+        add(f"--{flag}", metavar=metavar, help=f"{meaning}; default ${variable}")
     add("--traceback", action="store_true", help="show the stack of an error")
 
     def run() -> int:
@@ -68,13 +89,37 @@ def main(argv: Sequence[str]) -> int:
             command = [sys.executable, "-m", "mpt_jax.train", *child]
             return supervise(command, workdir=workdir, config=config.supervise)
         else:
-            outcome = train(config, workdir)
+            cluster = runtime.find_cluster(
+                vars(flags), seconds=config.processes.arrival_seconds
+            )
+            outcome = train(config, workdir, cluster=cluster, profile=flags.profile)
             loss = outcome.validation_loss
             shown = f", validation loss {loss:.4f}" if loss is not None else ""
-            print(f"step {outcome.step}{shown}: {workdir}", flush=True)
+            if cluster is None or cluster.process == 0:
+                print(f"step {outcome.step}{shown}: {workdir}", flush=True)
         return EXIT_OK
 
-    return run_verb(run, show_traceback="--traceback" in argv)
+    code = run_verb(run, show_traceback="--traceback" in argv)
+    if code and runtime.connected():
+        # Python's own end would wait for the other processes, one of which may be dead.
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+PROCESS_FLAGS = {
+    "coordinator": ("HOST:PORT", "where process 0 is, for a job of several processes"),
+    "processes": ("N", "how many there are"),
+    "process": ("I", "which one this is, from 0"),
+}
+
+
+def _steps(text: str) -> tuple[int, int]:
+    """Of --profile. Raises: ValueError: argparse names the flag and the text."""
+    first, _, last = text.partition(":")
+    if not 0 < int(first) <= int(last):
+        raise ValueError
+    return int(first), int(last)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,25 +132,83 @@ class Outcome:
 
 
 def train(
-    config: TrainConfig, workdir: pathlib.Path, *, objective: Objective | None = None
+    config: TrainConfig,
+    workdir: pathlib.Path,
+    *,
+    objective: Objective | None = None,
+    cluster: runtime.Cluster | None = None,
+    profile: tuple[int, int] | None = None,
 ) -> Outcome:
     """Trains until ``config.total_steps`` or a signal, resuming from ``workdir``.
 
     Args:
       objective: what to minimise; default next-token prediction.
+      cluster: the processes that train together, each of which calls this.
+      profile: first and last step to trace.
     Raises: MptError of every kind; see errors.py for the exit codes.
     """
+    from mpt_jax.training.peers import Peers
+    from mpt_jax.training.progress import say
+    from mpt_jax.training.stop import Stop
+
+    def stop_early(name: str) -> None:
+        text = f"{name}: no step was done yet; the same command starts again"
+        peers.leave(EXIT_OK, text)
+        say(text)
+
+    peers = Peers(cluster, config.processes)
+    with Stop(stop_early) as stop:
+        try:
+            # Before JAX counts its devices. That they run the same is checked first.
+            peers.meet(_what_runs(config))
+            if cluster is not None:
+                runtime.connect(cluster)
+            outcome = _train(
+                config,
+                workdir,
+                peers=peers,
+                stop=stop,
+                objective=objective,
+                profile=profile,
+            )
+            peers.close()
+        except MptError as error:
+            peers.leave(error.exit_code, f"{error.kind}: {error}")
+            raise
+        except Exception as error:
+            peers.blame()
+            peers.leave(EXIT_INTERNAL, f"{type(error).__name__}: {error}")
+            raise
+    runtime.disconnect()
+    return outcome
+
+
+def _what_runs(config: TrainConfig) -> dict[str, str]:
+    import jax
+
+    versions = {"mpt_jax": mpt_jax.__version__, "jax": jax.__version__}
+    return versions | {path: repr(value) for path, value in flatten(config).items()}
+
+
+def _train(
+    config: TrainConfig,
+    workdir: pathlib.Path,
+    **more: Any,
+) -> Outcome:
     import jax
 
     from mpt_jax import partitioning
 
-    if config.compilation_cache:
-        jax.config.update("jax_compilation_cache_dir", config.compilation_cache)
     if problems := check_mesh(config, jax.device_count()):
         raise ConfigError(problems)
     with contextlib.ExitStack() as stack:
+        compiled = config.compilation_cache
+        if compiled == "auto":
+            cpu = jax.default_backend() == "cpu"
+            compiled = "" if cpu else workdir / "compiled"
+        stack.enter_context(runtime.compilation_cache(compiled))
         stack.enter_context(partitioning.use(partitioning.make_mesh(config.mesh)))
-        run = Run(config, workdir, stack, objective=objective)
+        run = Run(config, workdir, stack, **more)
         run.start()
         run.loop()
         run.finish()
@@ -121,23 +224,53 @@ class Run:
         workdir: pathlib.Path,
         stack: contextlib.ExitStack,
         *,
+        peers: Peers,
+        stop: Stop,
         objective: Objective | None,
+        profile: tuple[int, int] | None,
     ):
+        import jax
+
         from mpt_jax.data import feed
         from mpt_jax.partitioning import current_mesh
+        from mpt_jax.training import placing
+        from mpt_jax.training.agreement import Agreement
         from mpt_jax.training.checkpoints import Checkpoints
+        from mpt_jax.training.goodput import Goodput
+        from mpt_jax.training.profiling import Profile
         from mpt_jax.training.progress import Progress
         from mpt_jax.training.stability import SpikeDetector
         from mpt_jax.training.step import make_program
         from mpt_jax.training.watchdog import Watchdog
         from mpt_jax.training.writers import MetricsWriter
 
-        self.config, self.workdir = config, workdir
+        self.config, self.workdir, self.stop = config, workdir, stop
+        self.first = jax.process_index() == 0  # of all processes it alone reports
+        self.goodput = Goodput()
+        name = "stuck.txt" if self.first else f"stuck-{jax.process_index()}.txt"
+        self.watchdog = stack.enter_context(
+            Watchdog(
+                config.watchdog_seconds,
+                dump_path=workdir / name,
+                blame=peers.behind,
+                tell=peers.leave,
+            )
+        )
+        peers.where = self.watchdog.where
+        # Until the loop begins.
+        self.starting = stack.enter_context(contextlib.ExitStack())
+        self.starting.enter_context(self.watchdog.pause("starting"))
         # First: it refuses a bad directory or a second trainer at once.
         self.checkpoints = stack.enter_context(
             Checkpoints(workdir / "checkpoints", config.checkpoint)
         )
         self.program = make_program(config, current_mesh(), objective=objective)
+        self.agreement = Agreement(self.program.mesh)
+        self.share = placing.share(
+            self.program.batch_sharding, (config.global_batch_size, config.seq_len)
+        )
+        self.profile = Profile(profile, workdir / "profile")
+        stack.callback(self.profile.close)
         self.detector = SpikeDetector(config.stability)
         self.warm, self.rollbacks = False, 0
         self.validation: list[dict[str, Any]] = []
@@ -150,20 +283,24 @@ class Run:
                     location=f"cannot resume {self.stored.path}",
                 )
         self.step = self.stored.step if self.stored else 0
-        (workdir / "config.json").write_text(to_json(config) + "\n")
+        if self.first:
+            (workdir / "config.json").write_text(to_json(config) + "\n")
 
         self.tokenizer = feed.tokenizer(config)
-        source = feed.open_source(config, split="train", tokenizer=self.tokenizer)
+        source = feed.open_source(
+            config,
+            split="train",
+            tokenizer=self.tokenizer,
+            process_index=self.share.index,
+            process_count=self.share.count,
+            rows=self.share.rows,
+        )
         self.source = stack.enter_context(contextlib.closing(source))
-        self.stop = stack.enter_context(_stop_on_signal())
         self.progress = stack.enter_context(
-            Progress(config.total_steps, start_step=self.step)
+            Progress(config.total_steps, start_step=self.step, enabled=self.first)
         )
         self.writer = stack.enter_context(
-            MetricsWriter(workdir, config.log, start_step=self.step)
-        )
-        self.watchdog = stack.enter_context(
-            Watchdog(config.watchdog_seconds, dump_path=workdir / "stuck.txt")
+            MetricsWriter(workdir, config.log, start_step=self.step, enabled=self.first)
         )
         self.meter = self._make_meter()
 
@@ -195,26 +332,35 @@ class Run:
         """Sets ``self.state``: restored, from checkpoint.init_from, or fresh."""
         import jax
 
+        from mpt_jax.training.goodput import read_report
+
         config, struct = self.config, self.program.struct
         self.progress.message(self.source.describe())
         if self.stored is not None:
             self._restore(self.stored, rewind_data=True)
             self.progress.message(f"resumed from {self.stored.path}")
+            if "goodput" in self.stored.meta:
+                report = read_report(self.workdir / "goodput.json")
+                self.goodput.restore(self.stored.meta["goodput"], report=report)
             return
         self.state = self.program.init(jax.random.key(config.seed))
         if config.checkpoint.init_from:
             from mpt_jax.training.checkpoints import restore_params
 
             params = restore_params(config.checkpoint.init_from, struct.params)
-            self.state = self.state._replace(params=params)
+            arranged = self.program.to_memory({"params": params})
+            self.state = self.state._replace(**arranged)
             self.progress.message(f"parameters from {config.checkpoint.init_from}")
 
     def _restore(self, stored: StoredStep, *, rewind_data: bool) -> None:
         from mpt_jax.training.step import TrainState
 
         struct = self.program.struct
-        restored = stored.restore(struct.params, _without_params(struct))
-        self.state = TrainState(params=restored.params, **restored.opt_state)
+        restored = stored.restore(
+            struct.params, _without_params(struct), part=self.source.part
+        )
+        items = {"params": restored.params, **restored.opt_state}
+        self.state = TrainState(**self.program.to_memory(items))
         self.step = stored.step
         self.detector.load_state_dict(restored.meta["detector"])
         if rewind_data:
@@ -222,15 +368,20 @@ class Run:
             self.rollbacks = restored.meta["rollbacks"]
 
     def save(self, *, wait: bool = False) -> None:
+        part = self.source.part
+        writes = self.first if part == (0, 1) else self.share.first
+        stored = self.program.to_stored(self.state._asdict(), on_host=True)
         self.checkpoints.save(
             self.step,
-            params=self.state.params,
-            opt_state=_without_params(self.state),
-            data=self.source.state(),
+            params=stored.pop("params"),
+            opt_state=stored,
+            data=self.source.state() if writes else None,
+            part=part,
             meta={
                 "config": dataclasses.asdict(self.config),
                 "detector": self.detector.state_dict(),
                 "rollbacks": self.rollbacks,
+                "goodput": self.goodput.state(),
             },
             wait=wait,
         )
@@ -247,40 +398,65 @@ class Run:
         Metrics of a step are fetched after the next one is dispatched, so the device
         never waits for the host; saving and evaluating settle the last step first.
         """
-        pending = None
-        # A signal that comes after a step was dispatched stops once it is settled.
-        while not (self.finished or (self.stop.signal and pending is None)):
-            with self.meter.data_wait(), self.watchdog.waiting_for(self.source.name):
+        self.starting.close()
+        pending, stop = None, False
+        # A stop that comes after a step was dispatched waits until it is settled.
+        while not (self.finished or (stop and pending is None)):
+            with (
+                self.goodput.spend("data"),
+                self.meter.data_wait(),
+                self.watchdog.waiting_for(self.source.name),
+            ):
+                # While the last step runs; so does the copy to the devices.
                 batch = self._device_batch(next(self.source))
-            seen = self.source.metrics()  # of this batch, too
-            compiling = contextlib.nullcontext() if self.warm else self.watchdog.pause()
-            with compiling:
+            # Of this batch, too; computed only where it will be written.
+            seen = self.source.metrics() if self._logs(self.step + 1) else {}
+            self.agreement.ask(stop=bool(self.stop.signal))
+            self.profile.begin(self.step + 1)
+            self.watchdog.enter()
+            with self._compiling():
                 self.state, metrics = self.program.step(self.state, batch)
+            self.stop.arm()
             self.step += 1
             settled, pending = pending, (self.step, metrics, seen)
-            save = self.checkpoints.due(self.step, now=time.monotonic())
+            good = settled is None or self._settle(*settled)
+            stop, now = self.agreement.answer(stop=bool(self.stop.signal))
+            save = self.checkpoints.due(self.step, now=now)
             every = self.config.eval.every_steps
             evaluate = self.finished or bool(every and self.step % every == 0)
             evaluate = evaluate and self.config.eval.batches > 0
-            good = settled is None or self._settle(*settled)
-            if good and (save or evaluate or self.stop.signal):
+            if good and (save or evaluate or stop or self.finished):
                 good, pending = self._settle(*pending), None
             if not good:
                 self._roll_back()
                 pending = None
                 continue
             self.watchdog.beat(self.step)
-            with self.meter.pause(), self.watchdog.pause():
-                if evaluate:
+            if evaluate:
+                with self._aside("evaluation"):
                     self.evaluate()
-                if save:
+            if save:
+                with self._aside("checkpoint"):
                     self.save()
 
-    def _device_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
-        import jax
+    @contextlib.contextmanager
+    def _aside(self, kind: str) -> Iterator[None]:
+        """Time in here is not the steps'."""
+        with self.meter.pause(), self.goodput.spend(kind), self.watchdog.pause(kind):
+            yield
 
-        put = jax.make_array_from_process_local_data
-        return {k: put(self.program.batch_sharding, v) for k, v in batch.items()}
+    def _compiling(self) -> contextlib.AbstractContextManager[None]:
+        warm = contextlib.nullcontext()
+        return warm if self.warm else self.watchdog.pause("compiling")
+
+    def _logs(self, step: int) -> bool:
+        every = self.config.log.every_steps
+        return step % every == 0 or step in (1, self.config.total_steps)
+
+    def _device_batch(self, batch: dict[str, Any]) -> dict[str, Any]:
+        from mpt_jax.training import placing
+
+        return placing.place(batch, self.program.batch_sharding, self.share)
 
     def _settle(
         self, step: int, metrics: dict[str, Any], seen: dict[str, float]
@@ -294,10 +470,12 @@ class Run:
         finite = bool(values.pop("finite"))
         if not self.warm:  # the time so far was compilation
             self.meter.restart(step)
+            self.goodput.started()
             self.warm = True
-        every = self.config.log.every_steps
-        if step % every == 0 or step in (1, self.config.total_steps) or not finite:
+        self.profile.end(step)
+        if self._logs(step) or not finite:
             values |= self.meter.log(step).metrics() | seen
+            values["goodput"] = self.goodput.share()
             self.writer.write(step, {**values, "finite": int(finite)})
             self.progress.update(step, values)
         verdict = self.detector.observe(step, values["loss"], finite=finite)
@@ -348,7 +526,7 @@ class Run:
         if not self.validation:
             n = self.config.eval.batches
             self.validation = feed.validation_batches(
-                self.config, n, tokenizer=self.tokenizer
+                self.config, n, tokenizer=self.tokenizer, rows=self.share.rows
             )
         ce = weight = 0.0
         for batch in self.validation:
@@ -364,26 +542,29 @@ class Run:
 
     def finish(self) -> None:
         """Saves what is not saved yet; at the end, also shows a sample."""
-        with self.watchdog.pause():
+        with self._aside("checkpoint"):
             if self.step and self.step != self.checkpoints.last_step:
                 self.save()
             if self.finished and self.config.sample.max_tokens:
                 self._sample()
             self.checkpoints.wait()
+        self.progress.message(self.goodput.describe())
+        if self.first:
+            self.goodput.write(self.workdir / "goodput.json")
         if not self.finished:
-            name = signal.Signals(self.stop.signal).name
-            done = f"saved step {self.step}" if self.step else "no step was done yet"
+            name = self.stop.name if self.stop.signal else "another process was stopped"
             self.progress.message(
-                f"{name}: {done}; the same command goes on from there"
+                f"{name}: saved step {self.step}; the same command goes on from there"
             )
 
     def _sample(self) -> None:
         from mpt_jax.generation.sample import sample
 
         c, tokenizer = self.config.sample, self.tokenizer
+        params = self.program.to_stored({"params": self.state.params})["params"]
         ids = sample(
             self.config.model,
-            self.state.params,
+            params,
             tokenizer.encode(c.prompt),
             max_tokens=c.max_tokens,
             temperature=c.temperature,
@@ -392,37 +573,14 @@ class Run:
             eos_id=tokenizer.eos_id,
         )
         text = c.prompt + tokenizer.decode(ids)
-        (self.workdir / "sample.txt").write_text(text + "\n")
+        if self.first:
+            (self.workdir / "sample.txt").write_text(text + "\n")
         self.progress.message(f"--- sample\n{text}\n---")
 
 
 def _without_params(state: TrainState) -> dict[str, Any]:
     """All of a state but its parameters, which are a checkpoint item of their own."""
     return {k: v for k, v in state._asdict().items() if k != "params"}
-
-
-@dataclasses.dataclass
-class _Stop:
-    """The signal that asked for an orderly stop; 0 while none has."""
-
-    signal: int = 0
-
-
-@contextlib.contextmanager
-def _stop_on_signal() -> Iterator[_Stop]:
-    """Notes SIGTERM and SIGINT for the loop; a second one acts as it always does."""
-    stop = _Stop()
-
-    def note(number: int, frame: object) -> None:
-        stop.signal = number
-        signal.signal(number, before[number])
-
-    before = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,11 @@ def check_model(m: ModelConfig) -> list[str]:
     )
     need(0 < m.embedding_fraction <= 1, "embedding_fraction: must be in (0, 1]")
     need(m.norm_eps > 0, "norm_eps: must be > 0")
+    share = m.attention_skip
+    need(
+        isinstance(share, str) or 0 <= share < 1,
+        f"attention_skip: 'auto', 'off' or a share in [0, 1), got {share}",
+    )
     need(
         m.pad_token_id is None or 0 <= m.pad_token_id < m.vocab_size,
         f"pad_token_id: {m.pad_token_id} is outside the vocabulary",
@@ -162,6 +167,8 @@ def check(c: TrainConfig) -> list[str]:
         ("supervise.max_failures", 0),
         ("supervise.backoff_seconds", 0),
         ("supervise.grace_seconds", 0),
+        ("processes.arrival_seconds", 1),
+        ("processes.silence_seconds", 2),
     ):
         value = functools.reduce(getattr, path.split("."), c)
         need(value is None or value >= low, f"{path}: must be >= {low}, got {value}")
@@ -235,7 +242,6 @@ def check_mesh(c: TrainConfig, n_devices: int | None = None) -> list[str]:
     for name, size in sizes.items():
         need(size > 0 or size == -1, f"mesh.{name}: must be > 0, or -1, got {size}")
     need(list(sizes.values()).count(-1) <= 1, "mesh: at most one axis can be -1")
-    need(c.mesh.context == 1, f"mesh.context: {c.mesh.context} is not supported yet")
     if problems:
         return problems
     known = math.prod(s for s in sizes.values() if s > 0)
@@ -265,10 +271,12 @@ def check_mesh(c: TrainConfig, n_devices: int | None = None) -> list[str]:
             f"mesh.tensor: {t} does not divide the {kv} KV heads (one KV head is "
             "replicated)",
         )
-    f = sizes["fsdp"]
+    problems += _check_context(c, sizes["context"])
+    f, n = sizes["fsdp"], max(sizes["context"], 1)
     need(
-        f < 1 or m.d_model % f == 0,
-        f"mesh.fsdp: {f} does not divide model.d_model {m.d_model}",
+        f < 1 or m.d_model % (f * n) == 0,
+        f"mesh.fsdp: {f}{f' x context {n}' if n > 1 else ''} does not divide "
+        f"model.d_model {m.d_model}",
     )
     shards = max(f, 1) * max(sizes["data"], 1)
     rows = c.global_batch_size // max(c.microbatches, 1)
@@ -278,4 +286,28 @@ def check_mesh(c: TrainConfig, n_devices: int | None = None) -> list[str]:
             f"global_batch_size: {c.global_batch_size} / {c.microbatches} microbatches "
             f"is {rows} rows, not divisible by data * fsdp = {shards}; nearest: {near}"
         )
+    return problems
+
+
+def _check_context(c: TrainConfig, n: int) -> list[str]:
+    """What rows cut into ``n`` parts of their length cannot have."""
+    problems: list[str] = []
+    need = functools.partial(_require, problems)
+    if n <= 1:
+        return problems
+    length = c.seq_len
+    need(
+        length % n == 0,
+        f"mesh.context: {n} does not divide data.seq_len {length}; nearest: "
+        f"{max(length // n, 1) * n}",
+    )
+    need(
+        not c.model.attn_config.attn_pdrop,
+        f"mesh.context: {n} parts of a row have no attention dropout; set "
+        "model.attn_config.attn_pdrop to 0 or mesh.context to 1",
+    )
+    need(
+        c.model.attention != "reference",
+        "mesh.context: model.attention 'reference' has no parts of a row; use 'auto'",
+    )
     return problems

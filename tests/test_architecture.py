@@ -21,9 +21,9 @@ RINGS = {
     "partitioning": 1, "runtime": 1, "durable": 1, "tokenizer": 1, "kernels": 1,
     "models": 2, "objectives": 2, "optim": 2,
     "data": 3, "training": 3, "generation": 3, "interop": 3,
-    "eval": 4,
+    "eval": 4, "planning": 4, "serving": 4, "loading": 4,
     "train": 5, "evaluate": 5, "generate": 5, "serve": 5, "convert": 5, "prepare": 5,
-    "plan": 5, "chat": 5, "bench": 5,
+    "plan": 5, "chat": 5, "lm_eval": 5, "bench": 5,
 }  # fmt: skip
 RING_0_MAY_IMPORT_RING_0 = {"config", "presets", "cli"}
 # Library -> the only places that may import it.
@@ -35,12 +35,16 @@ OWNERS = {
     "optax": {"optim", "training"},
     "torch": {"interop", "bench"}, "transformers": {"interop", "bench"},
     "safetensors": {"interop"},
+    "starlette": {"serving"}, "prometheus_client": {"serving"},
+    "uvicorn": {"serving", "serve"},
 }  # fmt: skip
 MAX_LINES, MAX_KERNEL_LINES = 800, 1000
 MAX_FUNCTION_LINES = 80  # with its docstring; the attention op's contract is longer
 # What one may have to read below train.py. The formats, the bad rows and the order of
-# data are a world of their own, behind the few names of data/feed.py.
-MAX_REACHABLE_LINES, MAX_REACHABLE_DATA_LINES = 6000, 3500
+# data are a world of their own, behind the few names of data/feed.py, and so are the
+# kernels, behind kernels/attention.py. Many processes, which must not wait for a dead
+# or stuck one, took 1,000 lines.
+MAX_REACHABLE_LINES = {"data": 3500, "kernels": 2500, "all else": 7500}
 
 
 @functools.cache
@@ -131,9 +135,11 @@ def test_little_code_is_reachable_from_train():
         m: len((ROOT / (m.replace(".", "/") + ".py")).read_text().splitlines())
         for m in seen
     }
-    data = sum(n for m, n in lines.items() if room(m) == "data")
-    assert 1000 < data <= MAX_REACHABLE_DATA_LINES
-    assert 1000 < sum(lines.values()) - data <= MAX_REACHABLE_LINES
+    by_room = dict.fromkeys(MAX_REACHABLE_LINES, 0)
+    for module, n in lines.items():
+        by_room[room(module) if room(module) in by_room else "all else"] += n
+    for name, most in MAX_REACHABLE_LINES.items():
+        assert 1000 < by_room[name] <= most, by_room
 
 
 def knobs(cls: type = TrainConfig) -> set[str]:

@@ -21,7 +21,10 @@ import mpt_jax
 
 ROOT = pathlib.Path(__file__).parents[1]
 PYTHONS = ["3.11", "3.12", "3.13"]
-EXTRAS = {"tpu", "cuda12", "cuda13", "hf", "beam", "gguf", "notebooks", "aot", "dev"}
+EXTRAS = {
+    "tpu", "cuda12", "cuda13", "hf", "beam", "gguf", "notebooks", "aot", "aot-cuda",
+    "lm-eval", "serve", "dev",
+}  # fmt: skip
 # Import name -> distribution, where they differ. tensorflow comes with tensorflow-text,
 # google.protobuf with tensorflow.
 DISTRIBUTIONS = {

@@ -98,3 +98,35 @@ def _size(shape):
     for n in shape:
         size *= n
     return size
+
+
+class _OfSlice:
+    """A device as it appears in a pod of several slices."""
+
+    def __init__(self, device, slice_index):
+        self.device, self.slice_index = device, slice_index
+
+    def __getattr__(self, name):
+        return getattr(self.device, name)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"fsdp": 4, "context": 2},
+        {"data": 4, "context": 2},
+    ],
+)
+def test_only_data_and_fsdp_cross_slices(sizes):
+    """The slices are halves of the mesh, along its outermost axis of enough parts."""
+    devices = [_OfSlice(d, i % 2) for i, d in enumerate(jax.devices())]
+    mesh = partitioning.make_mesh(MeshConfig(**({"fsdp": 1} | sizes)), devices)
+    of = [d.slice_index for d in mesh.devices.reshape(-1)]
+    assert of == [0] * 4 + [1] * 4
+
+
+def test_a_tensor_axis_across_slices_is_refused():
+    devices = [_OfSlice(d, i % 2) for i, d in enumerate(jax.devices())]
+    with pytest.raises(ConfigError, match=r"make mesh\.data a multiple of 2"):
+        partitioning.make_mesh(MeshConfig(fsdp=1, tensor=8), devices)

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from mpt_jax import train
+from mpt_jax.data.synthetic import SyntheticSource
 from mpt_jax.training.writers import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -74,6 +75,60 @@ def test_a_run_leaves_everything_and_resumes_bitwise(config_file, tmp_path, caps
     assert losses(again) == losses(parts)
 
 
+def test_where_the_time_went_is_known_over_restarts(config_file, tmp_path, capsys):
+    workdir = tmp_path / "w"
+    assert run(config_file, workdir, "--config.steps=4") == 0
+    assert "0 restarts: startup" in capsys.readouterr().err
+    first = json.loads((workdir / "goodput.json").read_text())
+    assert run(config_file, workdir) == 0
+    assert "1 restarts: startup" in capsys.readouterr().err
+    second = json.loads((workdir / "goodput.json").read_text())
+    assert (first["restarts"], second["restarts"]) == (0, 1)
+    for kind in ("productive", "startup", "checkpoint"):
+        assert second["seconds"][kind] > first["seconds"][kind]
+    records = list(read_metrics(workdir / "metrics.jsonl"))
+    assert all(0 < r["goodput"] < 1 for r in records[1:] if "loss" in r)
+
+
+def test_a_step_is_dispatched_before_the_last_one_is_read(
+    config_file, tmp_path, monkeypatch
+):
+    """So the next batch is made, and copied to the devices, while a step runs."""
+    events = []
+    settle, place = train.Run._settle, train.Run._device_batch
+
+    def settled(self, step, *more):
+        events.append(f"read {step}")
+        return settle(self, step, *more)
+
+    def placed(self, batch):
+        events.append("batch")
+        return place(self, batch)
+
+    monkeypatch.setattr(train.Run, "_settle", settled)
+    monkeypatch.setattr(train.Run, "_device_batch", placed)
+    flags = ("--config.eval.batches=0", "--config.steps=3")
+    assert run(config_file, tmp_path / "w", *flags) == 0
+    assert events == ["batch", "batch", "read 1", "batch", "read 2", "read 3"]
+
+
+def test_what_was_read_is_counted_only_where_it_is_written(
+    config_file, tmp_path, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr(
+        SyntheticSource, "metrics", lambda self: asked.append(self._batch) or {}
+    )
+    assert run(config_file, tmp_path / "w", "--config.log.every_steps=3") == 0
+    assert asked == [1, 3, 6]
+
+
+@pytest.mark.slow  # the profiler starts and stops in seconds
+def test_steps_are_traced(config_file, tmp_path):
+    assert run(config_file, tmp_path / "w", "--profile=2:3") == 0
+    assert list((tmp_path / "w" / "profile").rglob("*.xplane.pb"))
+
+
 def test_a_finished_run_has_nothing_to_do(config_file, tmp_path, capsys):
     assert run(config_file, tmp_path / "w", "--config.steps=2") == 0
     before = losses(tmp_path / "w")
@@ -134,6 +189,9 @@ def test_help_prints_every_knob(capsys):
         (["--config.global_batch_size=7"], "global_batch_size: 7"),
         (["--config.steps"], "expected a value"),
         (["--stepz"], "unrecognized arguments"),
+        (["--profile=10"], "argument --profile: invalid"),
+        (["--profile=20:10"], "argument --profile: invalid"),
+        (["--process=1"], "--coordinator and --processes: needed, too"),
     ],
 )
 def test_mistakes_exit_2_with_one_message(config_file, tmp_path, capsys, args, message):

@@ -17,9 +17,7 @@ softmax). Ours must stay within 1.5, or the bench fails; for others it is report
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import pathlib
 import statistics
 import sys
 import time
@@ -29,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from mpt_jax.bench import attention_peers as peers
+from mpt_jax.bench import common
 from mpt_jax.bench.attention_peers import GIB, Problem, Runner
 from mpt_jax.errors import EXIT_OK, MptError, UserError, run_verb
 
@@ -72,9 +71,8 @@ def main(argv: Sequence[str]) -> int:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         flags = parser.parse_args(argv)
         result = bench(flags)
-        result["command"] = " ".join(["python -m mpt_jax.bench.attention", *argv])
-        if flags.out:
-            pathlib.Path(flags.out).write_text(json.dumps(result, indent=1) + "\n")
+        result = common.provenance("attention", argv) | result
+        common.save(result, flags.out)
         if flags.plot:
             plot(result, flags.plot)
         return EXIT_OK
@@ -93,8 +91,6 @@ def bench(flags: argparse.Namespace) -> dict[str, Any]:
     """
     import jax
 
-    from mpt_jax.bench.attention_static import commit
-
     platform = "gpu" if jax.default_backend() == "gpu" else "cpu"
     known = peers.GPU if platform == "gpu" else peers.CPU
     names = flags.only or tuple(known)
@@ -106,9 +102,7 @@ def bench(flags: argparse.Namespace) -> dict[str, Any]:
             raise UserError(f"{what}: got {unknown}, expected some of {list(allowed)}")
     max_gib = flags.max_gib or _memory_gib(platform) * 0.8
     result: dict[str, Any] = {
-        "commit": commit(),
         "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
         "matmul_tflops": round(_matmul_tflops(platform), 1),
         "rows": [],
     }

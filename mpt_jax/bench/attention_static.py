@@ -16,13 +16,11 @@ import argparse
 import datetime
 import importlib
 import importlib.metadata
-import json
-import pathlib
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
+from mpt_jax.bench import common
 from mpt_jax.errors import EXIT_OK, UserError, run_verb
 
 # Each has measure(only) -> rows, gates(rows) -> [(what, value, limit)], PACKAGES and
@@ -35,8 +33,9 @@ PLATFORMS = {
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m mpt_jax.bench.attention_static", description=__doc__
-    )
+        prog="python -m mpt_jax.bench.attention_static", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     add = parser.add_argument
     add("--platform", choices=tuple(PLATFORMS), required=True)
     add("--only", metavar="CHIP", help="one chip; default all")
@@ -50,14 +49,13 @@ def main(argv: Sequence[str]) -> int:
             ["python -m mpt_jax.bench.attention_static", *argv]
         )
         module = importlib.import_module(PLATFORMS[flags.platform])
-        print(table(result["rows"], module.COLUMNS))
+        print(common.table(result["rows"], module.COLUMNS))
         missed = 0
         for gate in result["gates"]:
             missed += not gate["met"]
             verdict = "ok" if gate["met"] else "MISSED"
             print(f"{gate['what']}: {gate['value']} (limit {gate['limit']}) {verdict}")
-        if flags.out:
-            pathlib.Path(flags.out).write_text(json.dumps(result, indent=1) + "\n")
+        common.save(result, flags.out)
         return 1 if missed else EXIT_OK
 
     return run_verb(run, show_traceback="--traceback" in argv)
@@ -74,7 +72,7 @@ def bench(platform: str, only: str | None = None) -> dict[str, Any]:
     }
     rows = module.measure(only)
     return {
-        "commit": commit(),
+        "commit": common.commit(),
         "date": datetime.date.today().isoformat(),
         "versions": versions,
         "rows": rows,
@@ -85,51 +83,11 @@ def bench(platform: str, only: str | None = None) -> dict[str, Any]:
     }
 
 
-def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    """Rows as aligned text; a missing value is a dash.
-
-    >>> print(table([{"chip": "v5e", "cycles": 1169}, {"chip": "v4"}],
-    ...             ["chip", "cycles"]))
-    chip  cycles
-    v5e     1169
-    v4         -
-    """
-    lines = [list(columns), *([_text(r.get(c)) for c in columns] for r in rows)]
-    widths = [max(len(line[n]) for line in lines) for n in range(len(columns))]
-    numeric = [any(isinstance(r.get(c), int | float) for r in rows) for c in columns]
-
-    def cell(text: str, n: int) -> str:
-        return text.rjust(widths[n]) if numeric[n] else text.ljust(widths[n])
-
-    rendered = ("  ".join(cell(t, n) for n, t in enumerate(line)) for line in lines)
-    return "\n".join(line.rstrip() for line in rendered)
-
-
-def _text(value: Any) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def _version(package: str, module: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         raise UserError(f"{package} is not installed; {module} says how") from None
-
-
-def commit() -> str:
-    """Of this checkout, "+" where files differ from it; "unknown" outside one."""
-    here = pathlib.Path(__file__).parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", here, *words], capture_output=True, text=True, check=False
-        )
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    commit = git("rev-parse", "--short", "HEAD") or "unknown"
-    return commit + ("+" if git("status", "--porcelain", "--", "..") else "")
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from typing import Any
 
 import numpy as np
 
+from mpt_jax.bench.common import provenance, save
 from mpt_jax.config import DataConfig, EvalConfig, ModelConfig, TrainConfig
 from mpt_jax.errors import EXIT_OK, UserError, run_verb
 from mpt_jax.tokenizer import Tokenizer, load
@@ -83,10 +84,9 @@ def main(argv: Sequence[str]) -> int:
             case = Case(**json.loads(flags.case))
             print(json.dumps(_measure(case, flags)))
             return EXIT_OK
-        text = json.dumps(bench(flags), indent=1)
-        print(text)
-        if flags.out:
-            pathlib.Path(flags.out).write_text(text + "\n")
+        result = provenance("data", argv) | bench(flags)
+        print(json.dumps(result, indent=1))
+        save(result, flags.out)
         return EXIT_OK
 
     return run_verb(run, show_traceback="--traceback" in argv)
@@ -115,8 +115,6 @@ def bench(flags: argparse.Namespace) -> dict[str, Any]:
             for case in cases:
                 samples[case].append(_in_a_process(case, flags, folder))
     return {
-        "cpus": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
         "seq_len": flags.seq_len,
         "missing": [n for n, module in PEERS.items() if not _installed(module)],
         "cases": {case.label(): _median(found) for case, found in samples.items()},

@@ -15,16 +15,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
-import multiprocessing.connection
-import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from mpt_jax import cli
+from mpt_jax.bench.common import beside, interleave, provenance, save
 from mpt_jax.config import TrainConfig
 from mpt_jax.errors import EXIT_OK, ConfigError, run_verb
 from mpt_jax.validate import check_mesh
@@ -53,11 +51,10 @@ def main(argv: Sequence[str]) -> int:
         result = bench(
             config, rounds=flags.rounds, steps=flags.steps, peer=flags.peer is not None
         )
-        result = {"config": flags.config, "overrides": {**given, **overrides}} | result
-        text = json.dumps(result, indent=1)
-        print(text)
-        if flags.out:
-            pathlib.Path(flags.out).write_text(text + "\n")
+        overrides = {**given, **overrides}
+        result = provenance("train", argv) | {"overrides": overrides} | result
+        print(json.dumps(result, indent=1))
+        save(result, flags.out)
         return EXIT_OK
 
     return run_verb(run, show_traceback="--traceback" in argv)
@@ -82,12 +79,12 @@ def bench(
         compile_seconds, memory, ours = _ours(config)
         runs = {"ours": ours}
         if peer:
-            runs["hf"] = stack.enter_context(_beside(_hf, config))
-        seconds = _interleave(runs, rounds, steps)
+            runs["hf"] = stack.enter_context(beside(_hf, config))
+        samples = interleave(runs, rounds, warm_up=1, timed=steps)
+    seconds = {name: [s for s, _ in both] for name, both in samples.items()}
     result = {
         "device": device.device_kind,
         "devices": jax.device_count(),
-        "jax": jax.__version__,
         "batch": config.global_batch_size,
         "seq_len": config.seq_len,
         "compute_dtype": config.model.compute_dtype,
@@ -101,67 +98,6 @@ def bench(
         ratio = statistics.median(seconds["hf"]) / statistics.median(seconds["ours"])
         result["speedup_over_hf"] = round(ratio, 3)
     return result
-
-
-def _interleave(
-    runs: dict[str, Callable[[int], None]], rounds: int, steps: int
-) -> dict[str, list[float]]:
-    """Seconds of each round of ``steps`` steps, after an untimed one.
-
-    The untimed one warms caches, clocks and allocators, and takes back the memory that
-    the kernel may have reclaimed while the other ran.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            run(1)
-            begin = time.perf_counter()
-            run(steps)
-            seconds[name].append(time.perf_counter() - begin)
-    return seconds
-
-
-@contextlib.contextmanager
-def _beside(
-    build: Callable[..., Callable[[int], None]], *args: Any
-) -> Iterator[Callable[[int], None]]:
-    """``build(*args)``, a function, in a process of its own; yields its like here.
-
-    Two frameworks in one process share an allocator, and threads that wait by spinning.
-    """
-    spawn = multiprocessing.get_context("spawn")
-    here, there = spawn.Pipe()
-    process = spawn.Process(target=_serve, args=(there, build, *args), daemon=True)
-    process.start()
-    there.close()
-
-    def run(steps: int) -> None:
-        here.send(steps)
-        if (error := here.recv()) is not None:
-            raise error
-
-    try:
-        if (error := here.recv()) is not None:
-            raise error
-        yield run
-    finally:
-        here.close()
-        process.join()
-
-
-def _serve(
-    pipe: multiprocessing.connection.Connection, build: Callable, *args: Any
-) -> None:
-    try:
-        run = build(*args)
-        pipe.send(None)
-        while True:
-            run(pipe.recv())
-            pipe.send(None)
-    except (EOFError, BrokenPipeError):  # the other side is done
-        pass
-    except Exception as error:
-        pipe.send(error)
 
 
 def _ours(

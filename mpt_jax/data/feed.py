@@ -2,8 +2,10 @@
 
 Three sources: "seqio" (the mixture of tasks.py through tf.data), "prepared" (tokens on
 disk, indexed.py) and "synthetic" (seeded tokens). A source gives host rows: of the
-global batch, process i of n holds the i-th part. TensorFlow is imported when a SeqIO
-source is opened, by the others never.
+global batch, those that this process's devices hold. Prepared and synthetic batches are
+the same for any number of processes, and so is a place in them; of SeqIO, each part of
+the batch reads its own share of the files, and a place is that of a part. TensorFlow is
+imported when a SeqIO source is opened, by the others never.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import itertools
 import json
 import tempfile
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol, TypeAlias
 
@@ -40,10 +42,12 @@ SEEN = "seen.json"  # of a position: tokens read, then those of each source
 class Source(Protocol):
     """An endless (train) stream of host batches. Close it: see SeqioSource.close.
 
-    name: what it reads, for messages.
+    name: what it reads, for messages. part: (index, count) of the part that its
+    positions are of; (0, 1) where they are those of any number of hosts.
     """
 
     name: str
+    part: tuple[int, int]
 
     def __iter__(self) -> Iterator[Batch]: ...
 
@@ -89,18 +93,20 @@ def open_source(
     tokenizer: Tokenizer | None,
     process_index: int | None = None,
     process_count: int | None = None,
+    rows: Sequence[int] | None = None,
 ) -> Source:
     """The batches of ``split`` for one host: endless for "train", one epoch otherwise.
 
     Args:
       tokenizer: of the run, as tokenizer() gives it.
       process_index, process_count: which host; default what JAX says.
+      rows: of each global batch, those of this host; default the part that these say.
     Raises:
       ConfigError: an unknown task, or a batch that the hosts cannot share evenly.
       DataError: a tokenizer with more ids than the model, or no data.
     """
     host = _host(process_index, process_count)
-    rows = _host_rows(config, host)
+    rows = _host_rows(config, host) if rows is None else rows
     if config.data.source == "synthetic":
         return SyntheticSource(config, split=split, rows=rows)
     if tokenizer is None:
@@ -117,6 +123,13 @@ def open_source(
         )
     if config.data.source == "prepared":
         return PreparedSource(config, split=split, tokenizer=tokenizer, rows=rows)
+    if len(rows) * host[1] != config.global_batch_size:
+        message = (
+            f"mesh: this process holds {len(rows)} rows of {config.global_batch_size}, "
+            f"which are not one of {host[1]} equal parts, as text through SeqIO needs; "
+            "prepare the data, or use another mesh"
+        )
+        raise ConfigError([message])
     return SeqioSource(config, split=split, tokenizer=tokenizer, host=host)
 
 
@@ -141,6 +154,7 @@ def validation_batches(
     tokenizer: Tokenizer | None,
     process_index: int | None = None,
     process_count: int | None = None,
+    rows: Sequence[int] | None = None,
 ) -> list[Batch]:
     """The first ``n`` batches of the validation split, the same for every seed.
 
@@ -149,12 +163,13 @@ def validation_batches(
 
     Raises: DataError: not one batch. ConfigError, DataError: as open_source.
     """
-    own = _host_rows(config, _host(process_index, process_count))
+    if rows is None:
+        rows = _host_rows(config, _host(process_index, process_count))
     alone = {"process_index": 0, "process_count": 1}
     source = open_source(config, split="validation", tokenizer=tokenizer, **alone)
     with contextlib.closing(source):
         batches = [
-            {name: array[own.start : own.stop] for name, array in batch.items()}
+            {name: array[list(rows)] for name, array in batch.items()}
             for batch in itertools.islice(source, n)
         ]
     if not batches:
@@ -186,7 +201,7 @@ class SeqioSource:
         from mpt_jax.data.seqio_adapters import tf
 
         self._config, self._split = config, split
-        self._tokenizer, self._host = tokenizer, host
+        self._tokenizer, self._host, self.part = tokenizer, host, host
         self._ledger = Ledger(config.data.max_bad_fraction)
         self._names = tasks.names(config.data)
         self.name = f"{split} split of {', '.join(self._names)}"

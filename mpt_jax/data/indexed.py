@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +44,15 @@ class PreparedSource:
     and for any number of hosts.
     """
 
+    part = (0, 1)
+
     def __init__(
-        self, config: TrainConfig, *, split: str, tokenizer: Tokenizer, rows: range
+        self,
+        config: TrainConfig,
+        *,
+        split: str,
+        tokenizer: Tokenizer,
+        rows: Sequence[int],
     ):
         """Raises: ConfigError, DataError: no such source or split; another tokenizer;
         a damaged folder."""

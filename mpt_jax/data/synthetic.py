@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -21,8 +21,9 @@ class SyntheticSource:
     """
 
     name = "synthetic tokens"
+    part = (0, 1)
 
-    def __init__(self, config: TrainConfig, *, split: str, rows: range):
+    def __init__(self, config: TrainConfig, *, split: str, rows: Sequence[int]):
         self._header = position.header(
             config, split=split, vocab_size=config.model.vocab_size
         )

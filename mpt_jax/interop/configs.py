@@ -20,7 +20,10 @@ from mpt_jax.config import ActivationConfig, AttnConfig, ModelConfig, flatten, p
 from mpt_jax.errors import ConfigError
 
 # The fields that run the model, in ModelConfig only.
-OURS = ("compute_dtype", "param_dtype", "remat", "scan_layers", "attention")
+OURS = (
+    "compute_dtype", "param_dtype", "remat", "scan_layers", "attention",
+    "attention_skip",
+)  # fmt: skip
 REQUIRED = ("d_model", "n_heads", "n_layers", "vocab_size", "max_seq_len")
 ALIASES = {
     "num_attention_heads": "n_heads", "hidden_size": "d_model",

@@ -11,7 +11,7 @@ import dataclasses
 import importlib
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,12 @@ _BACKENDS: dict[str, str] = {
     "xla": "mpt_jax.kernels.attention_xla:attention_blocked",
     "tpu": "mpt_jax.kernels.attention_tpu:attention_tpu",
     "gpu": "mpt_jax.kernels.attention_gpu:attention_gpu",
+}
+# Where the gradients of a part of a row's keys are: ``gradients``.
+_GRADIENTS: dict[str, str] = {
+    "xla": "mpt_jax.kernels.attention_xla:gradients_blocked",
+    "tpu": "mpt_jax.kernels.attention_tpu:gradients_tpu",
+    "gpu": "mpt_jax.kernels.attention_gpu:gradients_gpu",
 }
 # What "auto" tries, in order, per jax platform; every other platform runs "xla".
 _AUTO_ORDER = {"tpu": ("tpu", "xla"), "gpu": ("gpu", "xla")}
@@ -141,22 +147,37 @@ def attention(
         kv_offset,
         dropout_key,
     )
-    _check_arrays(q_BLHD, k_BSKD, v_BSKD, operands)
-    _check_rule(rule, operands)
-    out, lse = _dispatch(implementation, q_BLHD, k_BSKD, v_BSKD, rule, operands)
+    check(q_BLHD, k_BSKD, v_BSKD, rule, operands)
+    out, lse = attend(implementation, q_BLHD, k_BSKD, v_BSKD, rule, operands)
     return (out, lse) if return_lse else out
 
 
-def _dispatch(implementation: str, *call) -> tuple[jax.Array, jax.Array]:
+def attend(implementation: str, *call: Any) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) of a call that is known to be in order: a backend's arguments."""
+    return _dispatch(_BACKENDS, implementation, *call)
+
+
+def gradients(
+    implementation: str, *call: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """dq, dk and dv through these keys alone, in rows that also see others.
+
+    Args: a backend's, then out_BLHD and lse_BLH of the whole rows, and the cotangents
+      of both. Over all parts of the keys, dq adds up to the whole row's.
+    """
+    return _dispatch(_GRADIENTS, implementation, *call)
+
+
+def _dispatch(table: dict[str, str], implementation: str, *call: Any) -> Any:
     if implementation != "auto":
-        return _backend(implementation)(*call)
+        return _backend(table, implementation)(*call)
     *preferred, last = _AUTO_ORDER.get(_platform(), ("xla",))
     for name in preferred:
         try:
-            return _backend(name)(*call)
+            return _backend(table, name)(*call)
         except NotImplementedError:
             pass
-    return _backend(last)(*call)
+    return _backend(table, last)(*call)
 
 
 def _platform() -> str:
@@ -166,12 +187,20 @@ def _platform() -> str:
     return "gpu" if platform in ("cuda", "rocm") else platform
 
 
-def _backend(name: str) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    if name not in _BACKENDS:
-        names = ["auto", *_BACKENDS]
+def _backend(table: dict[str, str], name: str) -> Callable[..., Any]:
+    if name not in table:
+        names = ["auto", *table]
         raise ValueError(f"implementation: got {name!r}, expected one of {names}")
-    module, function = _BACKENDS[name].split(":")
+    module, function = table[name].split(":")
     return getattr(importlib.import_module(module), function)
+
+
+def check(
+    q_BLHD: jax.Array, k_BSKD: jax.Array, v_BSKD: jax.Array, rule: Rule, x: Operands
+) -> None:
+    """Raises: ValueError: a call outside the contract of attention()."""
+    _check_arrays(q_BLHD, k_BSKD, v_BSKD, x)
+    _check_rule(rule, x)
 
 
 def _check_arrays(q: jax.Array, k: jax.Array, v: jax.Array, x: Operands) -> None:

@@ -98,6 +98,35 @@ def attention_gpu(
       The softmax and its gradient are rounded to the dtype of q before a matmul.
     Source: Dao 2023; Press et al. 2022 (arXiv 2108.12409).
     """
+    plan = _plan(q_BLHD, k_BSKD, rule, tiles, interpret)
+    bounds = _bounds(plan, q_BLHD, k_BSKD, operands)
+    return _flash(plan, q_BLHD, k_BSKD, v_BSKD, operands, bounds)
+
+
+def gradients_gpu(
+    q_BLHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    rule: Rule,
+    operands: Operands,
+    *out_lse_dout_dlse: jax.Array,
+    tiles: GpuTiles | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As kernels.attention.gradients."""
+    plan = _plan(q_BLHD, k_BSKD, rule, tiles, interpret)
+    bounds = _bounds(plan, q_BLHD, k_BSKD, operands)
+    saved = q_BLHD, k_BSKD, v_BSKD, operands, bounds, *out_lse_dout_dlse[:2]
+    return _flash_backward(plan, saved, out_lse_dout_dlse[2:])[:3]
+
+
+def _plan(
+    q_BLHD: jax.Array,
+    k_BSKD: jax.Array,
+    rule: Rule,
+    tiles: GpuTiles | None,
+    interpret: bool,
+) -> _Plan:
     if rule.dropout_rate:
         raise NotImplementedError("the GPU kernel has no dropout; use 'auto' or 'xla'")
     if q_BLHD.dtype == jnp.float64:
@@ -107,9 +136,7 @@ def attention_gpu(
     crowded = H != K or rule.logit_softcap is not None
     tiles = tiles or gpu_tiles(kind, q_BLHD.dtype.itemsize, padded_dim, crowded=crowded)
     tiles = tiles.fitted(L, S, _MIN_BLOCK)
-    plan = _Plan(rule, S, D, padded_dim, H // K, tiles, interpret)
-    bounds = _bounds(plan, q_BLHD, k_BSKD, operands)
-    return _flash(plan, q_BLHD, k_BSKD, v_BSKD, operands, bounds)
+    return _Plan(rule, S, D, padded_dim, H // K, tiles, interpret)
 
 
 def _device_kind(interpret: bool) -> str:
@@ -441,6 +468,20 @@ def _flash(
     x: Operands,
     bounds: _Bounds,
 ) -> tuple[jax.Array, jax.Array]:
+    return _forward(plan, q_BLHD, k_BSKD, v_BSKD, x, bounds)
+
+
+# The jit is for jax 0.10, which drops an unused call to a function (when a remat policy
+# saved its results) but not an unused pallas_call.
+@functools.partial(jax.jit, static_argnums=0)
+def _forward(
+    plan: _Plan,
+    q_BLHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    x: Operands,
+    bounds: _Bounds,
+) -> tuple[jax.Array, jax.Array]:
     (B, L, H, D), tile = q_BLHD.shape, plan.tiles.forward
     refs = _inputs(plan, tile, x, bounds.forward, q=q_BLHD, k=k_BSKD, v=v_BSKD)
     rows = refs["q"].shape[1]
@@ -454,7 +495,7 @@ def _flash(
 
 
 def _flash_forward(plan, q_BLHD, k_BSKD, v_BSKD, x, bounds):
-    results = _flash(plan, q_BLHD, k_BSKD, v_BSKD, x, bounds)
+    results = _forward(plan, q_BLHD, k_BSKD, v_BSKD, x, bounds)
     out_BLHD, lse_BLH = map(checkpoint_name, results, RESIDUAL_NAMES)
     residuals = q_BLHD, k_BSKD, v_BSKD, x, bounds, out_BLHD, lse_BLH
     return (out_BLHD, lse_BLH), residuals
@@ -494,6 +535,8 @@ def _inputs(
     """What a kernel reads, by name, rows and columns padded to whole blocks."""
     refs = {n: a for n, a in arrays.items() if n not in ("lse", "delta")}
     refs["bounds"] = bounds
+    # Read by the kernel even where it is known: as a constant it saves no instruction
+    # and makes the H100's dkv of packed rows spill 8 bytes.
     offset = jnp.asarray(x.q_offset, jnp.int32) - x.kv_offset
     refs["offset"] = offset.reshape(1)
     if x.slopes_H is not None:

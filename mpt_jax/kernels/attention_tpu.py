@@ -100,6 +100,33 @@ def attention_tpu(
     Numerics: as kernels.attention.attention; the softmax is rounded to the dtype of v
       before it meets v. rule.skip leaves out keys as skip.lower_key_blocks says.
     """
+    plan = _plan(q_BLHD, k_BSKD, rule, operands, tiles, interpret)
+    return _flash(plan, q_BLHD, k_BSKD, v_BSKD, operands)
+
+
+def gradients_tpu(
+    q_BLHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    rule: Rule,
+    operands: Operands,
+    *out_lse_dout_dlse: jax.Array,
+    tiles: TpuTiles | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As kernels.attention.gradients."""
+    plan = _plan(q_BLHD, k_BSKD, rule, operands, tiles, interpret)
+    return _backward(plan, q_BLHD, k_BSKD, v_BSKD, operands, *out_lse_dout_dlse)
+
+
+def _plan(
+    q_BLHD: jax.Array,
+    k_BSKD: jax.Array,
+    rule: Rule,
+    operands: Operands,
+    tiles: TpuTiles | None,
+    interpret: bool,
+) -> _Plan:
     if rule.dropout_rate:
         raise NotImplementedError("the TPU kernel has no dropout; use 'xla'")
     if q_BLHD.dtype not in (jnp.bfloat16, jnp.float32):
@@ -110,8 +137,7 @@ def attention_tpu(
     known = all(isinstance(offset, int) for offset in offsets)
     shift = offsets[0] - offsets[1] if known else None
     biased = operands.slopes_H is not None
-    plan = _Plan(rule, L, S, shift, biased, tiles, interpret)
-    return _flash(plan, q_BLHD, k_BSKD, v_BSKD, operands)
+    return _Plan(rule, L, S, shift, biased, tiles, interpret)
 
 
 def _tiles_of_target() -> TpuTiles:

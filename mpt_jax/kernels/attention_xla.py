@@ -108,11 +108,34 @@ def attention_blocked(
     Numerics: logits and sums in float32 (float64 for float64 inputs); the softmax is
       rounded to the dtype of v before it meets v, as the matrix units want it.
     """
-    B, L, H, _ = q_BLHD.shape
-    S = k_BSKD.shape[1]
-    largest = _largest_block(B * H)
-    plan = _Plan(rule, L, S, _even(L, block_q or largest), _even(S, block_k or largest))
+    plan = _blocked_plan(q_BLHD, k_BSKD, rule, block_q, block_k)
     return _flash(plan, q_BLHD, k_BSKD, v_BSKD, operands)
+
+
+def gradients_blocked(
+    q_BLHD: jax.Array,
+    k_BSKD: jax.Array,
+    v_BSKD: jax.Array,
+    rule: Rule,
+    operands: Operands,
+    *out_lse_dout_dlse: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As kernels.attention.gradients; rule without dropout."""
+    plan = _blocked_plan(q_BLHD, k_BSKD, rule)
+    residuals = q_BLHD, k_BSKD, v_BSKD, operands, *out_lse_dout_dlse[:2]
+    return _flash_backward(plan, residuals, out_lse_dout_dlse[2:])[:3]
+
+
+def _blocked_plan(
+    q_BLHD: jax.Array,
+    k_BSKD: jax.Array,
+    rule: Rule,
+    block_q: int | None = None,
+    block_k: int | None = None,
+) -> _Plan:
+    (B, L, H, _), S = q_BLHD.shape, k_BSKD.shape[1]
+    largest = _largest_block(B * H)
+    return _Plan(rule, L, S, _even(L, block_q or largest), _even(S, block_k or largest))
 
 
 def _largest_block(batch_times_heads: int) -> int:

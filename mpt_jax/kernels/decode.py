@@ -29,7 +29,7 @@ from mpt_jax.kernels.blocks import accumulator, einsum
 
 NORM_BLOCK = 128
 # A step of the XLA form: large enough that the loop around it costs nothing.
-_STEP = 1024
+_STEP = 256
 
 
 def key_norms(k_BKSD: jax.Array) -> jax.Array:
@@ -65,8 +65,10 @@ def decode_attention(
     lengths_B[b] - L + l. Queries at negative positions return 0.
 
     Args:
-      k_BKSD, v_BKSD: the cache; what lies beyond a row's length is never used.
-      lengths_B: int32, at most S.
+      k_BKSD, v_BKSD: the cache, which may have more rows than q: the first B count,
+        and cutting them out here spares a copy. What lies beyond a row's length is
+        never used.
+      lengths_B: int32, at most S; 0 for a row without queries.
       rule: causal; softmax_scale, window, logit_softcap and skip count.
       key_norms_BKJ: of the whole cache; without it nothing is skipped for the bias.
       implementation: "auto" takes the GPU kernel on NVIDIA GPUs, else XLA.
@@ -122,15 +124,15 @@ def first_blocks(
         return first_BK
 
     position_BL = lengths_B[:, None] - L + jnp.arange(L)[None, :]
-    own_BKLD = jnp.take_along_axis(
-        k_BKSD, jnp.clip(position_BL, 0)[:, None, :, None], axis=2
-    ).astype(jnp.float32)
+    rows_B11, heads_1K1 = jnp.ogrid[:B, :K, :1][:2]
+    own_BKLD = k_BKSD[rows_B11, heads_1K1, jnp.clip(position_BL, 0)[:, None]]
+    own_BKLD = own_BKLD.astype(jnp.float32)
     q_BKGLD = _by_kv_head(q_BLHD, K).astype(jnp.float32)
     q_norms, own_norms = skip.norms(q_BKGLD), skip.norms(own_BKLD)
     rounding = skip.NORM_MARGIN * q_norms * own_norms[:, :, None]
     own = (q_BKGLD * own_BKLD[:, :, None]).sum(-1) * rule.softmax_scale
     least = rule.capped(own - abs(rule.softmax_scale) * rounding)
-    top = q_norms[..., None] * key_norms_BKJ[:, :, None, None]
+    top = q_norms[..., None] * key_norms_BKJ[:B, :, None, None]
     most = rule.capped(abs(rule.softmax_scale) * (1 + skip.NORM_MARGIN) * top)
 
     last_J = (jnp.arange(key_norms_BKJ.shape[-1], dtype=jnp.int32) + 1) * NORM_BLOCK - 1
@@ -177,7 +179,10 @@ def _decode_xla(
         acc, top, total = carry
         # The last step is moved back to end with the cache, and leaves out its overlap.
         start = jnp.minimum(n * step, S - step)
-        k, v = (lax.dynamic_slice_in_dim(a, start, step, 2) for a in (k_BKSD, v_BKSD))
+        k, v = (
+            lax.dynamic_slice(a, (0, 0, start, 0), (B, K, step, D))
+            for a in (k_BKSD, v_BKSD)
+        )
         column_T = start + jnp.arange(step, dtype=jnp.int32)
         s = einsum("bkrd,bktd->bkrt", q_BKRD, k) * rule.softmax_scale
         s = rule.capped(s)

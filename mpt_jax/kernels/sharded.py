@@ -2,6 +2,7 @@
 
 XLA cannot cut a Pallas kernel in parts by itself. It need not: rows of the batch, heads
 and queries do not depend on each other, so that each device calls the op on its part.
+Keys that are cut too go round (``ring.py``).
 """
 
 from __future__ import annotations
@@ -15,17 +16,20 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 
 from mpt_jax.kernels.attention import attention
+from mpt_jax.kernels.ring import ring_attention
 
 MeshAxes = tuple[str, ...]
 
 
 class Layout(NamedTuple):
-    """The mesh axes over which each dim is cut; keys and values have whole rows."""
+    """The mesh axes over which each dim is cut. kv_length: of keys and values, which
+    have whole rows or are cut as the queries are."""
 
     batch: MeshAxes = ()
     length: MeshAxes = ()
     heads: MeshAxes = ()
     kv_heads: MeshAxes = ()
+    kv_length: MeshAxes = ()
 
 
 def sharded_attention(
@@ -45,20 +49,29 @@ def sharded_attention(
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """kernels.attention.attention of arrays that lie on ``mesh`` as ``layout`` says.
 
-    Nothing is communicated forward; backward, dk and dv are summed over the axes that
-    cut queries or heads but not keys. Each device's queries know where they stand.
+    With whole keys nothing is communicated forward; backward, dk and dv are summed over
+    the axes that cut queries or heads but not keys. Each device's queries know where
+    they stand. Keys that are cut along their length go round a ring.
 
     Args: as attention, without dropout, whose mask would depend on the mesh.
-    Raises: NotImplementedError: dropout. ValueError: from shard_map, a dim that its
-      mesh axes do not divide.
+    Raises: NotImplementedError: dropout, or a ring of what ring_attention cannot.
+      ValueError: keys cut otherwise than queries; from shard_map, a dim that its mesh
+      axes do not divide.
     """
     if options.get("dropout_rate"):
         raise NotImplementedError("sharded_attention has no dropout; use attention")
-    rows, keys = P(layout.batch, layout.length), P(layout.batch)
+    if layout.kv_length and (
+        layout.kv_length != layout.length or len(layout.length) != 1
+    ):
+        raise ValueError(
+            f"layout: keys are cut over {layout.kv_length} and queries over "
+            f"{layout.length}, expected the same one axis, or none for keys"
+        )
+    rows, keys = P(layout.batch, layout.length), P(layout.batch, layout.kv_length)
     arrays_and_specs = {
         "q_BLHD": (q_BLHD, P(*rows, layout.heads)),
-        "k_BSKD": (k_BSKD, P(*keys, None, layout.kv_heads)),
-        "v_BSKD": (v_BSKD, P(*keys, None, layout.kv_heads)),
+        "k_BSKD": (k_BSKD, P(*keys, layout.kv_heads)),
+        "v_BSKD": (v_BSKD, P(*keys, layout.kv_heads)),
         "slopes_H": (slopes_H, P(layout.heads)),
         "q_segment_ids_BL": (q_segment_ids_BL, rows),
         "kv_segment_ids_BS": (kv_segment_ids_BS, keys),
@@ -72,8 +85,14 @@ def sharded_attention(
         if isinstance(given[name][0], int):
             options[name] = given.pop(name)[0]
 
+    [ring] = layout.kv_length or (None,)
+    if ring is not None and mesh.shape[ring] == 1:
+        ring = None
+
     def part(arrays: dict[str, Any]) -> jax.Array | tuple[jax.Array, jax.Array]:
         call = options | arrays
+        if ring is not None:
+            return ring_attention(**call, axis=ring, everyone=mesh.axis_names)
         if layout.length:
             call["q_offset"] += lax.axis_index(layout.length) * call["q_BLHD"].shape[1]
         return attention(**call)

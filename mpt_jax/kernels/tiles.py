@@ -33,6 +33,8 @@ TPU: dict[str, TpuTiles] = {
     "TPU v5 lite": TpuTiles((512, 512), (512, 512), 96 * MIB, 128 * MIB),
     "TPU v5": TpuTiles((512, 512), (512, 512), 48 * MIB, 64 * MIB),
     "TPU v6 lite": TpuTiles((512, 512), (512, 512), 96 * MIB, 128 * MIB),
+    # Compiles; its cycles are not measured.
+    "TPU7x": TpuTiles((512, 512), (512, 512), 48 * MIB, 64 * MIB),
 }
 # What topology descriptions and some releases call the same chips.
 TPU |= {"TPU v5e": TPU["TPU v5 lite"], "TPU v5p": TPU["TPU v5"]}

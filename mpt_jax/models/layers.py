@@ -17,6 +17,8 @@ from flax import nnx
 from mpt_jax.config import ModelConfig
 from mpt_jax.models import init
 from mpt_jax.models.init import Fans, Initializer
+from mpt_jax.models.packed import Packed
+from mpt_jax.partitioning import shards
 
 Dim = tuple[int, str | None]  # (size, logical axis)
 
@@ -50,13 +52,15 @@ def _matmul_forward(x, w, n_in):
 
 def _matmul_backward(n_in, residuals, g):
     x, w = residuals
-    n_tokens, n_features = math.prod(x.shape[:-n_in]), math.prod(w.shape[:n_in])
-    x_TI, g_TO = x.reshape(n_tokens, n_features), g.reshape(n_tokens, -1)
+    n_features, tokens = math.prod(w.shape[:n_in]), x.shape[:-n_in]
+    if shards("length") == 1:  # else one dim of all tokens would gather their parts
+        tokens = (math.prod(tokens),)
+    x_TI, g_TO = x.reshape(*tokens, n_features), g.reshape(*tokens, -1)
     w_IO = w.reshape(n_features, -1).astype(g.dtype)
-    contract = jax.lax.dot_general
-    dx_TI = contract(g_TO, w_IO, (((1,), (1,)), ((), ())))
+    contract, over = jax.lax.dot_general, tuple(range(len(tokens)))
+    dx_TI = contract(g_TO, w_IO, (((len(tokens),), (1,)), ((), ())))
     dw_IO = contract(
-        x_TI, g_TO, (((0,), (0,)), ((), ())), preferred_element_type=w.dtype
+        x_TI, g_TO, ((over, over), ((), ())), preferred_element_type=w.dtype
     )
     return dx_TI.reshape(x.shape), dw_IO.reshape(w.shape)
 
@@ -79,7 +83,11 @@ class Linear(nnx.Module):
         self.bias = param(cfg, dims_bias, init.bias(cfg, fans)) if use_bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = matmul(x.astype(self.dtype), self.weight[...], self.n_in)
+        x, weight = x.astype(self.dtype), self.weight.get_value()
+        if isinstance(weight, Packed):
+            y = weight.matmul(x).astype(self.dtype)
+        else:
+            y = matmul(x, weight, self.n_in)
         if self.bias is None:
             return y
         bias = self.bias[...].astype(self.dtype)

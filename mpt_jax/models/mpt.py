@@ -22,10 +22,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import ArrayLike
 
 from mpt_jax.config import ModelConfig
 from mpt_jax.kernels.attention import RESIDUAL_NAMES
-from mpt_jax.models.attention import Attention, Masks
+from mpt_jax.models.attention import Attention, Chunk, Masks
+from mpt_jax.models.cache import Cache, LayerCache, capacity
 from mpt_jax.models.init import Fans, Initializer
 from mpt_jax.models.layers import (
     Embedding,
@@ -35,9 +38,15 @@ from mpt_jax.models.layers import (
     dropout,
     split_key,
 )
-from mpt_jax.partitioning import Axes, shard
+from mpt_jax.models.packed import Packed
+from mpt_jax.partitioning import Axes, reshard, shard, shards
 
 Params = dict[str, Any]
+# What remat calls the residual stream as a block finds it.
+BLOCK_INPUT = "block_input"
+_WITHIN: Axes = ("batch", "length", "act_embed")  # activations in attention and FFN
+CachedOut = tuple[jax.Array, LayerCache]
+CachedAttention = Callable[[Attention, jax.Array], CachedOut]
 
 
 class FFN(nnx.Module):
@@ -78,11 +87,33 @@ class Block(nnx.Module):
         self, x_BLE: jax.Array, masks: Masks, *, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         key_attn, key_1, key_2 = split_key(dropout_key, 3)
-        a_BLE = self.attn(self.norm_1(x_BLE), masks, dropout_key=key_attn)
+        between = _between(x_BLE)
+        h_BLE = reshard(self.norm_1(x_BLE), between, _WITHIN)
+        a_BLE = self.attn(h_BLE, masks, dropout_key=key_attn)
+        a_BLE = reshard(a_BLE, _WITHIN, between)
         x_BLE = x_BLE + dropout(a_BLE, self.resid_pdrop, key_1)
-        f_BLE = self.ffn(self.norm_2(x_BLE))
+        f_BLE = self.ffn(reshard(self.norm_2(x_BLE), between, _WITHIN))
+        f_BLE = reshard(f_BLE, _WITHIN, between)
         x_BLE = x_BLE + dropout(f_BLE, self.resid_pdrop, key_2)
-        return shard(x_BLE, "batch", "length", "act_embed")
+        return shard(x_BLE, *between)
+
+    def cached(self, x_BLE: jax.Array, attend: CachedAttention) -> CachedOut:
+        """The same without dropout, where attention reads and extends a cache."""
+        a_BLE, cache = attend(self.attn, self.norm_1(x_BLE))
+        x_BLE = x_BLE + a_BLE
+        x_BLE = x_BLE + self.ffn(self.norm_2(x_BLE))
+        return shard(x_BLE, "batch", "length", "act_embed"), cache
+
+
+def _between(x_BLE: jax.Array) -> Axes:
+    """How activations lie between attention and FFN, where no token needs another.
+
+    Their sum over the tensor axis becomes a scatter and a gather of the same bytes, and
+    every device norms, adds and keeps only its part of the tokens (Korthikanti et al.
+    2022, arXiv 2205.05198). Rows that do not divide stay as they are.
+    """
+    divides = x_BLE.shape[1] % shards("residual_length") == 0
+    return "batch", "residual_length" if divides else "length", "act_embed"
 
 
 class MPT(nnx.Module):
@@ -218,13 +249,14 @@ def hidden_states(
     """
     key_embed, key_blocks = split_key(dropout_key, 2)
     masks = Masks(segment_ids_BL, prefix_mask_BL)
-    x_BLE = _embed(cfg, params, tokens_BL, segment_ids_BL)
+    x_BLE = _embed(cfg, params, tokens_BL, _positions(cfg, tokens_BL, segment_ids_BL))
     x_BLE = dropout(x_BLE, cfg.emb_pdrop, key_embed)
-    x_BLE = shard(x_BLE, "batch", "length", "act_embed")
+    x_BLE = shard(x_BLE, *_between(x_BLE))
 
     def block(x_BLE: jax.Array, layer: tuple[Params, jax.Array | None]) -> jax.Array:
         layer_params, key = layer
         module = _bind(Block(cfg), layer_params)
+        x_BLE = checkpoint_name(x_BLE, BLOCK_INPUT)
         return module(x_BLE, masks, dropout_key=key).astype(x_BLE.dtype)
 
     block = _remat(cfg, block)
@@ -235,7 +267,8 @@ def hidden_states(
     else:
         for layer in _unstack(layers, cfg.n_layers):
             x_BLE = block(x_BLE, layer)
-    return _bind(Norm(cfg, ((cfg.d_model, "norm"),)), params["norm_f"])(x_BLE)
+    x_BLE = _bind(Norm(cfg, ((cfg.d_model, "norm"),)), params["norm_f"])(x_BLE)
+    return reshard(x_BLE, _between(x_BLE), _WITHIN)
 
 
 def _unstack(layers: Any, n: int) -> Iterator[Any]:
@@ -247,33 +280,45 @@ def _unstack(layers: Any, n: int) -> Iterator[Any]:
         yield treedef.unflatten([a[0] for a in one])
 
 
+def _positions(
+    cfg: ModelConfig, tokens_BL: jax.Array, segment_ids_BL: jax.Array | None
+) -> jax.Array | None:
+    """Where the learned positions, if any, see each token; None: where it stands."""
+    length = tokens_BL.shape[1]
+    if cfg.has_wpe and length > cfg.max_seq_len:
+        raise ValueError(
+            f"tokens_BL: length {length} is over max_seq_len {cfg.max_seq_len}, "
+            "where the learned positions end"
+        )
+    if segment_ids_BL is None:
+        return None
+    padding_BL = jnp.cumsum(segment_ids_BL == 0, axis=1)  # left padding does not count
+    return jnp.maximum(jnp.arange(length)[None] - padding_BL, 0)
+
+
 def _embed(
     cfg: ModelConfig,
     params: Params,
     tokens_BL: jax.Array,
-    segment_ids_BL: jax.Array | None,
+    position_BL: jax.Array | None,
 ) -> jax.Array:
     dtype = jnp.dtype(cfg.compute_dtype)
-    # Cast, then gather the embed axis: half the bytes of gathering float32.
-    table_VE = shard(params["wte"]["weight"].astype(dtype), "vocab", "act_embed")
-    x_BLE = jnp.take(table_VE, tokens_BL, axis=0)
+    table_VE = params["wte"]["weight"]
+    if isinstance(table_VE, Packed):
+        x_BLE = table_VE.rows(tokens_BL).astype(dtype)
+    else:
+        # Cast, then gather the embed axis: half the bytes of gathering float32.
+        table_VE = shard(table_VE.astype(dtype), "vocab", "act_embed")
+        x_BLE = jnp.take(table_VE, tokens_BL, axis=0)
     if cfg.pad_token_id is not None:
         is_pad = (tokens_BL == cfg.pad_token_id)[..., None]
         x_BLE = jnp.where(is_pad, jax.lax.stop_gradient(x_BLE), x_BLE)
     if cfg.has_wpe:
-        length = tokens_BL.shape[1]
-        if length > cfg.max_seq_len:
-            raise ValueError(
-                f"tokens_BL: length {length} is over max_seq_len {cfg.max_seq_len}, "
-                "where the learned positions end"
-            )
         wpe_SE = params["wpe"]["weight"].astype(dtype)
-        if segment_ids_BL is None:
-            x_BLE = x_BLE + wpe_SE[None, :length]
-        else:  # left padding does not count
-            padding_BL = jnp.cumsum(segment_ids_BL == 0, axis=1)
-            position_BL = jnp.maximum(jnp.arange(length)[None] - padding_BL, 0)
-            x_BLE = x_BLE + wpe_SE[position_BL]
+        if position_BL is None:
+            x_BLE = x_BLE + wpe_SE[None, : tokens_BL.shape[1]]
+        else:  # NaN beyond the last, not the last once more
+            x_BLE = x_BLE + jnp.take(wpe_SE, position_BL, axis=0)
     if cfg.embedding_fraction < 1:  # GLM-130B (arXiv 2210.02414), section 2.2
         f = cfg.embedding_fraction
         x_BLE = x_BLE * f + jax.lax.stop_gradient(x_BLE) * (1 - f)
@@ -287,7 +332,14 @@ def _remat(
     if cfg.remat == "none":
         return block
     attention = policies.save_only_these_names(*RESIDUAL_NAMES)
+    offload = policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[BLOCK_INPUT, *RESIDUAL_NAMES],
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
     policy = {
+        "offload": offload,
         "full": policies.nothing_saveable,
         "attention": attention,
         "dots": policies.save_from_both_policies(
@@ -298,6 +350,89 @@ def _remat(
     return jax.checkpoint(block, policy=policy, prevent_cse=not cfg.scan_layers)
 
 
+# --------------------------------------------------------------------- with a cache
+
+
+def prefill(
+    cfg: ModelConfig,
+    params: Params,
+    cache: Cache,
+    tokens_L: jax.Array,
+    *,
+    slot: ArrayLike,
+    start: ArrayLike,
+    reach: int | None = None,
+    n_prefix: ArrayLike | None = None,
+) -> tuple[jax.Array, Cache]:
+    """Reads a chunk of one sequence into its slot of the cache.
+
+    Padding at the right of the real tokens does no harm: what comes next overwrites it,
+    and nobody before sees it.
+
+    Args:
+      params: of models.weights.unstack().
+      slot, start: int32, may be traced. start: how many of the slot's tokens stay; the
+        chunk must fit behind them (XLA would move it to the left without a word).
+      reach: the columns to read, at least start + L; default all.
+      n_prefix: with prefix_lm, the length of the prompt, which must be this one chunk.
+    Returns: the chunk's final normed states x_LE, and the cache.
+    """
+    slot, start = jnp.asarray(slot, jnp.int32), jnp.asarray(start, jnp.int32)
+    n_prefix = None if n_prefix is None else jnp.asarray(n_prefix, jnp.int32)
+    chunk = Chunk(slot, start, reach or capacity(cache), n_prefix)
+    position_1L = start + jnp.arange(tokens_L.shape[0])[None]
+    x_1LE, cache = _through_cache(
+        cfg, params, cache, tokens_L[None], position_1L,
+        lambda attn, x, layer: attn.prefill(x, layer, chunk),
+    )  # fmt: skip
+    return x_1LE[0], cache
+
+
+def decode(
+    cfg: ModelConfig,
+    params: Params,
+    cache: Cache,
+    tokens_BL: jax.Array,
+    lengths_B: jax.Array,
+) -> tuple[jax.Array, Cache]:
+    """Appends L tokens, mostly one, to each of the first B slots of the cache.
+
+    Args:
+      params: of models.weights.unstack().
+      lengths_B: int32, how many tokens each slot holds before; -1 leaves a slot alone.
+    Returns: final normed states x_BLE (of no meaning for a slot left alone), the cache.
+    """
+    offset_1L = jnp.arange(tokens_BL.shape[1])[None]
+    position_BL = jnp.maximum(lengths_B, 0)[:, None] + offset_1L
+    return _through_cache(
+        cfg, params, cache, tokens_BL, position_BL,
+        lambda attn, x, layer: attn.decode(x, layer, lengths_B),
+    )  # fmt: skip
+
+
+def _through_cache(
+    cfg: ModelConfig,
+    params: Params,
+    cache: Cache,
+    tokens_BL: jax.Array,
+    position_BL: jax.Array,
+    attend: Callable[[Attention, jax.Array, LayerCache], CachedOut],
+) -> tuple[jax.Array, Cache]:
+    x_BLE = _embed(cfg, params, tokens_BL, position_BL)
+    x_BLE = shard(x_BLE, "batch", "length", "act_embed")
+    layers = []
+    for layer_params, layer in zip(params["blocks"], cache, strict=True):
+        dtype, block = x_BLE.dtype, _bind(Block(cfg), layer_params)
+        x_BLE, layer = block.cached(x_BLE, functools.partial(attend, layer=layer))
+        x_BLE = x_BLE.astype(dtype)
+        layers.append(layer)
+    norm_f = _bind(Norm(cfg, ((cfg.d_model, "norm"),)), params["norm_f"])
+    return norm_f(x_BLE), tuple(layers)
+
+
+# ----------------------------------------------------------------------------- the head
+
+
 def unembedding(cfg: ModelConfig, params: Params) -> jax.Array:
     """The (vocab, embed) matrix of the head: wte where tied, else lm_head."""
     return params["wte" if cfg.tie_word_embeddings else "lm_head"]["weight"]
@@ -305,10 +440,14 @@ def unembedding(cfg: ModelConfig, params: Params) -> jax.Array:
 
 def logits(cfg: ModelConfig, params: Params, x_BLE: jax.Array) -> jax.Array:
     """float32 logits_BLV of normed states: head, logit_scale, then the soft-cap."""
-    head_VE = shard(unembedding(cfg, params).astype(x_BLE.dtype), "vocab", "act_embed")
-    out_BLV = jnp.einsum(
-        "ble,ve->blv", x_BLE, head_VE, preferred_element_type=jnp.float32
-    )
+    head_VE = unembedding(cfg, params)
+    if isinstance(head_VE, Packed):
+        out_BLV = head_VE.matmul(x_BLE)
+    else:
+        head_VE = shard(head_VE.astype(x_BLE.dtype), "vocab", "act_embed")
+        out_BLV = jnp.einsum(
+            "ble,ve->blv", x_BLE, head_VE, preferred_element_type=jnp.float32
+        )
     out_BLV = out_BLV * cfg.logit_multiplier
     if cfg.final_logit_softcapping is not None:
         cap = cfg.final_logit_softcapping

@@ -147,8 +147,9 @@ class Checkpoints:
         *,
         params: Any,
         opt_state: Any,
-        data: bytes,
+        data: bytes | None,
         meta: Mapping[str, Any],
+        part: tuple[int, int] = (0, 1),
         wait: bool = False,
     ) -> None:
         """Starts a save, once the previous one has finished.
@@ -158,7 +159,9 @@ class Checkpoints:
 
         Args:
           params, opt_state: trees of arrays (counters are arrays too), however sharded.
-          data: this process's position in the data, opaque.
+          data: position in the data, opaque; None from all but one of the processes
+            that read the same part of the data.
+          part: (index, count) of that part.
           meta: JSON-able, the same on every process.
           wait: return only when the step is finished.
         Raises:
@@ -182,7 +185,8 @@ class Checkpoints:
         target = self._path(step)
         if not self._remote:
             target = target.with_name(SAVING + target.name)
-        items["data"] = _ProcessData(data)
+        files = {} if data is None else {disk.data_name(*part): data}
+        items["data"] = _ProcessData(files)
         with disk.orbax_errors(f"save step {step}", self.directory):
             response = ocp.save_checkpointables_async(target, items, overwrite=True)
 
@@ -282,15 +286,16 @@ class Checkpoints:
 
 
 class _ProcessData:
-    """One process's bytes, in the form in which Orbax saves custom objects."""
+    """One process's files, in the form in which Orbax saves custom objects."""
 
-    def __init__(self, data: bytes):
-        self._data = data
+    def __init__(self, files: Mapping[str, bytes]):
+        self._files = files
 
     async def save(self, directory: Any) -> Awaitable[None]:
         async def write() -> None:
             folder = await directory.await_creation()
-            (folder / disk.data_name()).write_bytes(self._data)
+            for name, content in self._files.items():
+                (folder / name).write_bytes(content)
 
         return write()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mpt_jax import optim, partitioning, runtime
 from mpt_jax.config import LossConfig, ModelConfig, TrainConfig
-from mpt_jax.models import mpt
+from mpt_jax.models import heads, mpt
 from mpt_jax.objectives import LossSums, next_token_loss
 from mpt_jax.partitioning import shard
 
@@ -81,6 +81,11 @@ class Program:
     init(rng) -> TrainState; step(state, batch) -> (TrainState, metrics), donates state;
     evaluate(params, batch) -> LossSums. ``struct`` is the state as ShapeDtypeStructs
     with shardings: what restore, --dry_run and ahead-of-time compilation take.
+
+    A state's heads may lie in another order than their own (models/heads.py). Both of
+    these take fields of TrainState by name and return them: to_memory what a checkpoint
+    holds, giving it up; to_stored what it shall hold, where on_host in host memory.
+    Every process calls them.
     """
 
     mesh: Mesh
@@ -89,6 +94,20 @@ class Program:
     init: Callable[[jax.Array], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[mpt.Params, Batch], LossSums]
+    axes: TrainState
+    head_order: heads.Order | None
+
+    def to_memory(self, items: Mapping[str, Any]) -> dict[str, Any]:
+        axes = {name: getattr(self.axes, name) for name in items}
+        return heads.move(dict(items), axes, self.head_order, donate=True)
+
+    def to_stored(
+        self, items: Mapping[str, Any], *, on_host: bool = False
+    ) -> dict[str, Any]:
+        axes = {name: getattr(self.axes, name) for name in items}
+        inverse = self.head_order and self.head_order.inverse
+        kind = "pinned_host" if on_host else None
+        return heads.move(dict(items), axes, inverse, memory_kind=kind)
 
     def batch_struct(self, config: TrainConfig) -> Batch:
         shape = (config.global_batch_size, config.seq_len)
@@ -101,7 +120,8 @@ def make_program(
 ) -> Program:
     """Builds the step of ``config`` on ``mesh``. Call and use it under use(mesh)."""
     objective = objective or pretraining(config.model, config.loss)
-    axes = mpt.param_axes(config.model)
+    head_order = _head_order(config, mesh)
+    axes = _state_axes(config)
     struct = _state_struct(config, mesh, axes)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, struct)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -110,7 +130,7 @@ def make_program(
     optimizer = _optimizer(config, struct.params)
 
     def init(rng: jax.Array) -> TrainState:
-        params = mpt.init(config.model, rng)
+        params = heads.arrange(mpt.init(config.model, rng), axes.params, head_order)
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, zero, params, optimizer.init(params))
 
@@ -118,10 +138,20 @@ def make_program(
         state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        grads, sums = _gradients(
-            objective, state.params, batch, key, axes=axes, parts=config.microbatches
-        )
+        with heads.arranged(head_order):
+            grads, sums = _gradients(
+                objective,
+                state.params,
+                batch,
+                key,
+                axes=axes.params,
+                parts=config.microbatches,
+            )
         return _update(config, optimizer, state, grads, sums)
+
+    def evaluate(params: mpt.Params, batch: Batch) -> LossSums:
+        with heads.arranged(head_order):
+            return objective(params, batch, None)
 
     return Program(
         mesh=mesh,
@@ -136,11 +166,21 @@ def make_program(
             compiler_options=runtime.compiler_options(mesh),
         ),
         evaluate=jax.jit(
-            lambda params, batch: objective(params, batch, None),
+            evaluate,
             in_shardings=(shardings.params, batch_sharding),
             out_shardings=replicated,
         ),
+        axes=axes,
+        head_order=head_order,
     )
+
+
+def _head_order(config: TrainConfig, mesh: Mesh) -> heads.Order | None:
+    # Adafactor's row and column statistics do not say which of their dims is heads.
+    if config.optim.name == "adafactor":
+        return None
+    shards = mesh.shape["tensor"]
+    return heads.order(config.model, shards=shards, length=config.seq_len)
 
 
 def _optimizer(config: TrainConfig, params: Any) -> optax.GradientTransformation:
@@ -152,22 +192,27 @@ def _optimizer(config: TrainConfig, params: Any) -> optax.GradientTransformation
     )
 
 
-def _state_struct(config: TrainConfig, mesh: Mesh, axes: Any) -> TrainState:
+def _abstract_state(config: TrainConfig) -> TrainState:
     params = mpt.abstract_params(config.model)
     opt_state = jax.eval_shape(_optimizer(config, params).init, params)
-    opt_axes = optim.state_axes(opt_state, axes)
+    counter = jax.ShapeDtypeStruct((), jnp.int32)
+    return TrainState(counter, counter, params, opt_state)
+
+
+def _state_axes(config: TrainConfig) -> TrainState:
+    """The state with the logical axes of each leaf in its place."""
+    axes = mpt.param_axes(config.model)
+    opt_state = _abstract_state(config).opt_state
+    return TrainState((), (), axes, optim.state_axes(opt_state, axes))
+
+
+def _state_struct(config: TrainConfig, mesh: Mesh, axes: TrainState) -> TrainState:
 
     def place(leaf: jax.ShapeDtypeStruct, axes: partitioning.Axes) -> Any:
         named = partitioning.sharding(mesh, axes, leaf.shape)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named)
 
-    counter = place(jax.ShapeDtypeStruct((), jnp.int32), ())
-    return TrainState(
-        counter,
-        counter,
-        jax.tree.map(place, params, axes),
-        jax.tree.map(place, opt_state, opt_axes),
-    )
+    return jax.tree.map(place, _abstract_state(config), axes)
 
 
 def _gradients(

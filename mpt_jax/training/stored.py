@@ -6,7 +6,8 @@ each step carries a MANIFEST.json, and nothing is read that does not match it::
 
     00000100/
       params/, opt_state/      Orbax
-      data/process_0-of-1.bin  position in the data, one file per process
+      data/process_0-of-1.bin  position in the data, one file per process; one in all
+                               where it is the same for any number of them
       meta.json                whatever else the trainer must know again
       MANIFEST.json            size and crc32 of every file, type of every array
 
@@ -58,29 +59,34 @@ class Restored:
 class StoredStep:
     """A step on disk whose every file has been compared with its manifest.
 
-    arrays: path -> "float32[8, 4]". skipped: (step, what is wrong with it) of the
-    newer, damaged steps that were passed over.
+    arrays: path -> "float32[8, 4]".
     """
 
     path: epath.Path
     step: int
     arrays: Mapping[str, str]
     meta: dict[str, Any]
-    skipped: tuple[tuple[int, str], ...] = ()
 
-    def restore(self, abstract_params: Any, abstract_opt_state: Any) -> Restored:
+    def restore(
+        self,
+        abstract_params: Any,
+        abstract_opt_state: Any,
+        *,
+        part: tuple[int, int] = (0, 1),
+    ) -> Restored:
         """Everything, onto any mesh.
 
         Args:
+          part: (index, count) of the part of the data that this process reads.
           abstract_params, abstract_opt_state: trees of ShapeDtypeStruct whose shardings
             say where the arrays go (an absent one: to this process's first device).
         Raises:
           CheckpointError: listing every array whose name, shape or dtype differs (Orbax
             casts in silence), or data saved by another number of processes.
         """
-        data = self._read_data()
+        position = self._read_data(data_name(*part))
         arrays = self._load(params=abstract_params, opt_state=abstract_opt_state)
-        return Restored(**arrays, data=data, meta=self.meta)
+        return Restored(**arrays, data=position, meta=self.meta)
 
     def restore_params(self, abstract_params: Any) -> Any:
         """The parameters alone, as restore() does."""
@@ -114,8 +120,8 @@ class StoredStep:
         with orbax_errors("restore", self.path):
             return ocp.load_checkpointables(self.path, jax.tree.map(place, abstract))
 
-    def _read_data(self) -> bytes:
-        mine = self.path / "data" / data_name()
+    def _read_data(self, name: str) -> bytes:
+        mine = self.path / "data" / name
         with readable_errors("read the position in the data", self.path):
             if mine.exists():
                 return mine.read_bytes()
@@ -156,8 +162,7 @@ def newest_valid(directory: epath.Path, steps: Collection[int]) -> StoredStep | 
     skipped: list[tuple[int, str]] = []
     for step in sorted(steps, reverse=True):
         try:
-            stored = open_step(directory / step_name(step))
-            return dataclasses.replace(stored, skipped=tuple(skipped))
+            return open_step(directory / step_name(step))
         except CheckpointError as error:
             logger.warning("skipping a damaged checkpoint: %s", error)
             skipped.append((step, error.message))
@@ -319,8 +324,9 @@ def step_name(step: int) -> str:
     return f"{step:08d}"
 
 
-def data_name() -> str:
-    return f"process_{jax.process_index()}-of-{jax.process_count()}.bin"
+def data_name(index: int, count: int) -> str:
+    """Of the position of the index-th of ``count`` parts of the data."""
+    return f"process_{index}-of-{count}.bin"
 
 
 def absolute(path: str | os.PathLike) -> epath.Path:

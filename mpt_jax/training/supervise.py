@@ -32,6 +32,7 @@ MEANING = {
     errors.EXIT_DATA: "data error",
     errors.EXIT_CHECKPOINT: "checkpoint error",
     errors.EXIT_STUCK: "stuck",
+    errors.EXIT_PEER_LOST: "another process lost",
     errors.EXIT_DIVERGED: "diverged",
 }
 MAX_BACKOFF_SECONDS = 300.0
@@ -102,13 +103,14 @@ def supervise(
 def newest_checkpoint(workdir: str | os.PathLike[str]) -> int:
     """Largest step saved under ``workdir``, -1 without one.
 
-    Unfinished checkpoints do not count: their names are not only digits.
+    Unfinished checkpoints do not count: their names are not only digits; nor do files.
     """
     try:
-        names = os.listdir(pathlib.Path(workdir) / "checkpoints")
+        paths = list((pathlib.Path(workdir) / "checkpoints").iterdir())
     except OSError:
         return -1
-    return max((int(name) for name in names if name.isdecimal()), default=-1)
+    steps = [int(p.name) for p in paths if p.name.isdecimal() and p.is_dir()]
+    return max(steps, default=-1)
 
 
 def _tied(argv: Sequence[str]) -> list[str]:

@@ -12,11 +12,12 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,13 +44,22 @@ def patience() -> float:
 class Trainer:
     """A running trainer; its output goes to ``log``."""
 
-    def __init__(self, command: list[str], workdir: pathlib.Path, **streams: Any):
-        self.workdir, self.log = workdir, workdir.with_name(f"{workdir.name}.log")
+    def __init__(
+        self,
+        command: list[str],
+        workdir: pathlib.Path,
+        *,
+        devices: int = 1,
+        log: str = "",
+        **streams: Any,
+    ):
+        self.workdir = workdir
+        self.log = workdir.with_name(log or f"{workdir.name}.log")
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "JAX_PLATFORMS": "cpu",
-            "JAX_NUM_CPU_DEVICES": "1",
+            "JAX_NUM_CPU_DEVICES": str(devices),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         with open(self.log, "ab") as log:
@@ -101,6 +111,11 @@ class Trainer:
         return self.output()
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
 class Lab:
     """Directories, one compilation cache and shared reference runs below ``root``."""
 
@@ -124,7 +139,7 @@ class Lab:
         Args:
           flags: of the command line; "steps=9" stands for "--config.steps=9".
           prefix: a command that runs the trainer, such as a shell with a ulimit.
-          streams: stdout, stderr, as subprocess has them.
+          streams: stdout, stderr, as subprocess has them; devices, log of Trainer.
         """
         workdir = self.root / name
         if kind == "stored":
@@ -151,18 +166,60 @@ class Lab:
         """start() and finish()."""
         return self.start(name, kind, *flags, **more).finish(code)
 
+    def start_job(
+        self,
+        name: str,
+        kind: str,
+        *flags: str,
+        processes: int,
+        devices: int = 2,
+        only: Sequence[int] | None = None,
+        **more: Any,
+    ) -> list[Trainer]:
+        """The processes of a job, each with so many devices. only: start just these."""
+        port = free_port()
+        return [
+            self.start(
+                name,
+                kind,
+                f"--coordinator=127.0.0.1:{port}",
+                f"--processes={processes}",
+                f"--process={i}",
+                *flags,
+                devices=devices,
+                log=f"{name}-{i}.log",
+                **more,
+            )
+            for i in (range(processes) if only is None else only)
+        ]
+
+    def run_job(self, name: str, kind: str, *flags: str, **more: Any) -> list[str]:
+        """start_job() and finish() of each; what they said."""
+        return [job.finish() for job in self.start_job(name, kind, *flags, **more)]
+
     def reference(
-        self, kind: str, *flags: str, program: tuple[str, ...] = TRAIN
+        self,
+        kind: str,
+        *flags: str,
+        program: tuple[str, ...] = TRAIN,
+        processes: int = 1,
+        devices: int = 1,
     ) -> pathlib.Path:
         """The directory of an unbroken run; the first who asks makes it."""
         parts = ["reference", kind, pathlib.Path(program[-1]).stem, *flags]
+        if (processes, devices) != (1, 1):
+            parts.append(f"{processes}x{devices}")
         name = "-".join(parts).replace("--", "")
         with self._guard:
             lock = self._locks.setdefault(name, threading.Lock())
         with lock:
             workdir = self.root / name
             if not (workdir / "done").exists():
-                self.run(name, kind, *flags, program=program)
+                more = {"program": program, "devices": devices}
+                if processes > 1:
+                    self.run_job(name, kind, *flags, processes=processes, **more)
+                else:
+                    self.run(name, kind, *flags, **more)
                 (workdir / "done").touch()
             return workdir
 
@@ -324,9 +381,28 @@ class Fault:
     flags: tuple[str, ...] = ()
     program: tuple[str, ...] = TRAIN
     slow: bool = False
+    processes: int = 1
+    devices: int = 1
 
     def reference(self, lab: Lab) -> pathlib.Path:
-        return lab.reference(self.kind, *self.flags, program=self.program)
+        return lab.reference(
+            self.kind,
+            *self.flags,
+            program=self.program,
+            processes=self.processes,
+            devices=self.devices,
+        )
+
+
+class Faults(dict[str, Fault]):
+    """Those of a module, by id; a decorator of their inject functions."""
+
+    def __call__(self, name: str, text: str, kind: str, **options: Any) -> Callable:
+        def register(inject: Callable) -> Callable:
+            self[name] = Fault(name, text, kind, inject, **options)
+            return inject
+
+        return register
 
 
 @dataclasses.dataclass(frozen=True)

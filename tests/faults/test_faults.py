@@ -5,7 +5,6 @@ every bit. Two are injected at a time, in the background; the tests wait for the
 ``pytest tests/faults`` ends with a line of JSON for each.
 """
 
-import concurrent.futures
 import functools
 import importlib.util
 import os
@@ -25,7 +24,6 @@ from mpt_jax.training.stored import open_checkpoint
 from tests.faults import harness
 from tests.faults.harness import (
     SPOILED,
-    Fault,
     arrays,
     checkpoint,
     checkpoints,
@@ -39,48 +37,15 @@ from tests.faults.harness import (
     weights_file,
 )
 
-FAULTS = {}
-AT_ONCE = 2  # a trainer waits for its imports and its disk half of the time
+fault = FAULTS = harness.Faults()
 
 # What a preempted machine, or a user who has mistyped, should not have to wait for.
 PREEMPTION_SECONDS = 5.0
 REFUSAL_SECONDS = 5.0
 
 
-def fault(name, text, kind, **options):
-    def register(inject):
-        FAULTS[name] = Fault(name, text, kind, inject, **options)
-        return inject
-
-    return register
-
-
-def pytest_generate_tests(metafunc):
-    marks = {True: [pytest.mark.slow], False: []}
-    cases = [pytest.param(f, id=f.id, marks=marks[f.slow]) for f in FAULTS.values()]
-    metafunc.parametrize("fault", cases)
-
-
-@pytest.fixture(scope="module")
-def results(request, tmp_path_factory):
-    """Of the faults whose tests are to run: id -> future of the Result."""
-    items = [item for item in request.session.items if item.path == request.path]
-    chosen = [item.callspec.params["fault"] for item in items]
-    lab = harness.Lab(tmp_path_factory.mktemp("faults"))
-    pool = concurrent.futures.ThreadPoolExecutor(AT_ONCE)
-    for first in {(f.kind, f.flags): f for f in chosen}.values():
-        pool.submit(first.reference, lab)
-    yield {f.id: pool.submit(harness.inject, f, lab) for f in chosen}
-    pool.shutdown(wait=False, cancel_futures=True)
-    lab.close()
-    pool.shutdown()
-
-
-def test_fault(fault, results, record_property):
-    result = results[fault.id].result()
-    record_property("fault", result.line())
-    if result.error is not None:
-        raise result.error
+def test_fault(fault, survived):
+    survived(fault)
 
 
 # ------------------------------------------------------------------------ kill -9

@@ -110,7 +110,11 @@ print("compiled")
 @pytest.mark.parametrize(
     ("topology", "case"),
     [
-        *((chip, "65536") for chip in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2")),
+        *(
+            (chip, "65536")
+            for chip in ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
+        ),
+        ("tpu7x:2x2x1", "everything"),
         ("v5e:2x2", "head_112"),
         ("v5e:2x2", "head_64_gqa"),
         ("v5e:2x2", "float32"),

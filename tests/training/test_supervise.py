@@ -116,6 +116,7 @@ def test_newest_checkpoint(tmp_path):
     assert newest_checkpoint(tmp_path) == -1
     for name in ("9", "100", "200.orbax-checkpoint-tmp", "300.corrupt", "x"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "500").touch()  # a file is no checkpoint
     assert newest_checkpoint(tmp_path) == 100
 
 

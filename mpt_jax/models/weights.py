@@ -1,0 +1,98 @@
+"""Parameters as decoding wants them: each layer's own arrays, packed if asked.
+
+mpt.prefill, mpt.decode and mpt.logits take them in place of those of mpt.init.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from mpt_jax.models.mpt import Params
+from mpt_jax.models.packed import Int8, Packed, ThreePass
+
+# Every linear map of a block, and how many of its dims are inputs.
+_LINEARS = {
+    "attn": {"Wq": 1, "Wk": 1, "Wv": 1, "out_proj": 2},
+    "ffn": {"up_proj": 1, "gate_proj": 1, "down_proj": 1},
+}
+_CPUINFO = pathlib.Path("/proc/cpuinfo")
+
+
+def unstack(params: Params, *, consume: bool = False) -> Params:
+    """``params`` with blocks as a tuple of one tree per layer.
+
+    A decoding step reads every weight once; one that must be cut out of a stacked array
+    is read, written and read again.
+
+    Args: consume: delete each stacked array as soon as its layers are copied, so that
+      at most one of them is in memory twice.
+    """
+    leaves, treedef = jax.tree.flatten(params["blocks"])
+    split = []
+    for leaf in leaves:
+        split.append(jax.block_until_ready(list(leaf)))
+        if consume and isinstance(leaf, jax.Array):
+            leaf.delete()
+    layers = tuple(treedef.unflatten(one) for one in zip(*split, strict=True))
+    return {**params, "blocks": layers}
+
+
+def quantize(params: Params) -> Params:
+    """Unstacked ``params`` with every matrix as int8: half the bytes of bfloat16.
+
+    Norms, biases and learned positions stay. Numerics: see packed.Int8.
+    """
+    return _packed(params, Int8.of)
+
+
+def three_pass(params: Params) -> Params:
+    """Unstacked ``params`` with every bfloat16 matrix as a packed.ThreePass, for
+    float32 arithmetic where has_bfloat16_tiles()."""
+    return _packed(
+        params, lambda w, n: ThreePass(w, n) if w.dtype == jnp.bfloat16 else None
+    )
+
+
+@functools.cache
+def has_bfloat16_tiles() -> bool:
+    """Whether this machine runs on a CPU that multiplies bfloat16 tiles (AMX)."""
+    if jax.default_backend() != "cpu" or not _CPUINFO.exists():
+        return False
+    return re.search(r"\bamx_bf16\b", _CPUINFO.read_text()) is not None
+
+
+def _packed(params: Params, pack: Callable[[jax.Array, int], Packed | None]) -> Params:
+    """pack(w, n_out), or where that is None itself, for each output-major matrix w."""
+
+    def linear(p: Params, n_in: int) -> Params:
+        w = p["weight"]
+        n_out = w.ndim - n_in
+        outputs_first = jnp.moveaxis(w, range(n_in), range(n_out, w.ndim))
+        packed = pack(outputs_first, n_out)
+        return p if packed is None else {**p, "weight": packed}
+
+    out = dict(params)
+    for table in ("wte", "lm_head"):
+        if table in params:
+            packed = pack(params[table]["weight"], 1)
+            out[table] = params[table] if packed is None else {"weight": packed}
+    out["blocks"] = tuple(
+        {
+            **layer,
+            **{
+                module: {
+                    name: linear(p, linears[name]) if name in linears else p
+                    for name, p in layer[module].items()
+                }
+                for module, linears in _LINEARS.items()
+            },
+        }
+        for layer in params["blocks"]
+    )
+    return out

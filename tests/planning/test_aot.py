@@ -1,0 +1,57 @@
+"""Two layers of every big model on every kind of slice, by libtpu: ``pytest -m aot``.
+
+Golden collectives are rewritten by ``python -m tests.planning.golden aot``.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests.planning import golden
+
+pytestmark = pytest.mark.aot
+
+# The formula leaves out what the compiler rounds, pads and prefetches.
+OF_PEAK = 0.15
+
+
+def run(*args):
+    pytest.importorskip("libtpu", reason="needs the aot extra")
+    return golden.cut_in_a_child(*args)
+
+
+@pytest.mark.parametrize("case", golden.AOT_CUTS, ids=lambda c: golden.cut_name(*c[:3]))
+def test_two_layers_communicate_as_before_and_need_what_the_formula_says(case):
+    found = run(*case, 2)
+    path = golden.FOLDER / f"{golden.cut_name(*case[:3])}.json"
+    assert found["facts"] == json.loads(path.read_text())
+    assert found["estimate"] == pytest.approx(found["peak"], rel=OF_PEAK)
+    for exact in ("parameters", "optimizer", "batch"):
+        assert found["guess"][exact] == pytest.approx(found["state"][exact], rel=1e-4)
+
+
+def test_memory_grows_by_the_same_for_each_layer():
+    """So two small compiles say what a deep model needs."""
+    case = ("mpt-7b", "v5e:4x4", "fsdp=16", 2048, 64)
+    two, four, eight = (run(*case, layers)["peak"] for layers in (2, 4, 8))
+    assert two + 3 * (four - two) == pytest.approx(eight, rel=0.03)
+
+
+@pytest.mark.parametrize("what", ["prefill", "decode"])
+def test_generation_holds_its_weights_and_cache(what, tmp_path):
+    pytest.importorskip("libtpu", reason="needs the aot extra")
+    out = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "mpt_jax.plan", "--what", what]
+    command += ["--config", "configs/released/mpt_7b.py", "--topology", "v5e:2x2"]
+    command += ["--config.model.n_layers=2", "--json", str(out)]
+    done = subprocess.run(command, cwd=golden.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    values = json.loads(out.read_text())
+    # k and v of 2 layers, 8 slots of 2,048 tokens, 8 of 32 heads of 128, in bfloat16;
+    # the norms that skipping reads are a thousandth more.
+    kv = 2 * 2 * 8 * 2048 * 8 * 128 * 2
+    assert values["memory"]["cache"] == pytest.approx(kv, rel=2e-3)
+    assert values["peak_gib"] * 2**30 >= values["memory"]["parameters"] + kv
+    assert {tuple(c["axes"]) for c in values["collectives"]} == {("tensor",)}

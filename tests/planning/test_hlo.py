@@ -1,0 +1,163 @@
+# ruff: noqa: E501  (HLO has one instruction a line)
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from mpt_jax.errors import InternalError
+from mpt_jax.planning import collectives, hlo, work
+
+MESH = {"data": 2, "fsdp": 4}
+
+# Two loops, one in the other, as XLA writes them for a TPU: limits as constants of the
+# condition, the inner one unrolled by two; an asynchronous gather in three fusions.
+LOOPS = """HloModule m
+
+%gather (p: bf16[1,8]) -> bf16[4,8] {
+  %p = bf16[1,8]{1,0} parameter(0)
+  ROOT %g = bf16[4,8]{1,0} all-gather(%p), channel_id=7, replica_groups=[2,4]<=[8], dimensions={0}
+}
+
+%inner_body (t: (u32[], bf16[1,8])) -> (u32[], bf16[1,8]) {
+  %t = (u32[], bf16[1,8]{1,0}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%t), index=0
+  %two = u32[] constant(2)
+  %next = u32[] add(%i, %two)
+  %x = bf16[1,8]{1,0} get-tuple-element(%t), index=1
+  %go = bf16[4,8]{1,0} fusion(%x), kind=kCustom, calls=%gather
+  %s = (bf16[1,8]{1,0}, bf16[1,8]{1,0}, u32[]{:S(2)}) collective-permute-start(%x), channel_id=9, source_target_pairs={{0,4},{4,0},{1,5},{5,1}}
+  %d = bf16[1,8]{1,0} collective-permute-done(%s)
+  ROOT %r = (u32[], bf16[1,8]{1,0}) tuple(%next, %d)
+}
+
+%inner_condition (t: (u32[], bf16[1,8])) -> pred[] {
+  %t = (u32[], bf16[1,8]{1,0}) parameter(0)
+  %i = u32[] get-tuple-element(%t), index=0
+  %limit = u32[] constant(4)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (t: (s32[], bf16[1,8])) -> (s32[], bf16[1,8]) {
+  %t = (s32[], bf16[1,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  %x = bf16[1,8]{1,0} get-tuple-element(%t), index=1
+  %async-collective-start = bf16[4,8]{1,0} fusion(%x), kind=kCustom, calls=%gather
+  %zero = u32[] constant(0)
+  %pair = (u32[], bf16[1,8]{1,0}) tuple(%zero, %x)
+  %loop = (u32[], bf16[1,8]{1,0}) while(%pair), condition=%inner_condition, body=%inner_body
+  %y = bf16[1,8]{1,0} get-tuple-element(%loop), index=1
+  %sum = bf16[1,8]{1,0} all-reduce(%y), channel_id=3, replica_groups={{0,4},{1,5},{2,6},{3,7}}, to_apply=%add
+  ROOT %r = (s32[], bf16[1,8]{1,0}) tuple(%next, %sum)
+}
+
+%condition (t: (s32[], bf16[1,8])) -> pred[] {
+  %t = (s32[], bf16[1,8]{1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%t), index=0
+  %limit = s32[] constant(8)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+
+ENTRY %main (x: bf16[1,8]) -> (s32[], bf16[1,8]) {
+  %x = bf16[1,8]{1,0} parameter(0)
+  %three = s32[] constant(3)
+  %c = s32[] copy(%three)
+  %t = (s32[], bf16[1,8]{1,0}) tuple(%c, %x)
+  ROOT %w = (s32[], bf16[1,8]{1,0}) while(%t), condition=%condition, body=%body
+}
+"""
+
+
+def test_loops_multiply_and_one_channel_is_one_collective():
+    found = collectives.find(hlo.parse(LOOPS), MESH)
+    got = {(c.kind, c.axes): (c.count, c.bytes, c.asynchronous) for c in found}
+    outer, inner = 8 - 3, 4 // 2
+    row = 16  # bytes of bf16[1,8]
+    assert got == {
+        ("all-gather", ("fsdp",)): (outer, outer * 3 * row, True),
+        ("all-reduce", ("data",)): (outer, outer * row, False),  # 2 * 1/2 of it
+        ("collective-permute", ("data",)): (outer * inner, outer * inner * row, True),
+    }
+
+
+@pytest.mark.parametrize(
+    ("attributes", "axes"),
+    [
+        ("replica_groups=[2,4]<=[8]", ("fsdp",)),
+        ("replica_groups=[4,2]<=[2,4]T(1,0)", ("data",)),
+        ("replica_groups={{0,1,2,3},{4,5,6,7}}", ("fsdp",)),
+        ("replica_groups={}", ("data", "fsdp")),
+        ("replica_groups=mesh['a'=2,'b'=4] {'b'}", ("fsdp",)),
+        ("replica_groups=mesh['a'=2,'b'=4] {'a','b'}", ("data", "fsdp")),
+        ("replica_groups=mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}", ("fsdp",)),
+    ],
+)
+def test_groups_in_every_notation(attributes, axes):
+    text = (
+        "ENTRY %main (x: f32[8]) -> f32[8] {\n"
+        "  %x = f32[8]{0} parameter(0)\n"
+        f"  ROOT %r = f32[8]{{0}} all-reduce(%x), {attributes}, to_apply=%add\n}}\n"
+    )
+    (found,) = collectives.find(hlo.parse(text), MESH)
+    assert found.axes == axes
+
+
+def test_text_that_is_not_hlo_is_refused():
+    with pytest.raises(InternalError, match="no HLO"):
+        hlo.parse("hello")
+
+
+def test_a_scan_of_a_sharded_product_counts_as_it_runs():
+    """Gathers over fsdp and sums over data of a program of our own, on 8 devices."""
+    mesh = jax.make_mesh((2, 4), tuple(MESH), axis_types=(AxisType.Auto,) * 2)
+
+    def sharded(shape, *spec):
+        sharding = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    def f(x, w):
+        replicated = NamedSharding(mesh, PartitionSpec())
+
+        def layer(x, w):
+            w = jax.lax.with_sharding_constraint(w, replicated)
+            return jnp.tanh(x @ w), None
+
+        return jnp.sum(jax.lax.scan(layer, x, w)[0])
+
+    x, w = sharded((8, 16), "data"), sharded((3, 16, 16), None, "fsdp")
+    traced = jax.jit(f).trace(x, w)
+    module = hlo.parse(traced.lower().compile().as_text())
+    found = {(c.kind, c.axes): c for c in collectives.find(module, MESH)}
+    gather = found["all-gather", ("fsdp",)]
+    assert (gather.count, gather.bytes) == (3, 3 * 16 * 16 * 4 * 3 // 4)
+    assert found["all-reduce", ("data",)].bytes == 4
+    assert work.matmul_flops(traced.jaxpr.jaxpr) == 3 * 2 * 8 * 16 * 16
+
+
+def test_hbm_bytes_count_slices_and_on_chip_memory():
+    text = """
+%slice (p: f32[10,256], i: s32[]) -> f32[256] {
+  %p = f32[10,256]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %d = f32[1,256]{1,0} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={1,256}
+  ROOT %b = f32[256]{0} bitcast(%d)
+}
+
+ENTRY %main (x: f32[10,256], i: s32[]) -> f32[256] {
+  %x = f32[10,256]{1,0} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  %near = f32[256]{0:T(128)S(1)} fusion(%x, %i), kind=kLoop, calls=%slice
+  ROOT %far = f32[256]{0} add(%near, %near)
+}
+"""
+    assert work.hbm_bytes(hlo.parse(text)) == 2 * 256 * 4
+
+
+def test_bytes_of_shapes():
+    shape = "(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/f32[4]{0}, u32[])"
+    assert hlo.shape_bytes(shape) == 12 + 16 + 4
+    assert hlo.shape_bytes(shape, hbm_only=True) == 16 + 4
+    assert np.isclose(hlo.shape_bytes("s4[6]{0}"), 3)
