@@ -26,6 +26,7 @@ from mpt_jax.errors import (
     ConfigError,
     DivergedError,
     MptError,
+    UserError,
     run_verb,
 )
 from mpt_jax.validate import check_mesh
@@ -75,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
         flags, overrides = cli.parse_args(parser, argv)
         config = cli.load_config(flags.config, overrides)
         stem = pathlib.Path(flags.config.partition(":")[0]).stem
-        workdir = pathlib.Path(flags.workdir or f"runs/{stem}").absolute()
+        workdir = _folder(flags.workdir or f"runs/{stem}")
         if flags.print_config:
             print(cli.show_config(config, overrides))
         elif flags.dry_run:
@@ -129,6 +130,17 @@ class Outcome:
     step: int
     finished: bool
     validation_loss: float | None
+
+
+def _folder(workdir: str) -> pathlib.Path:
+    """Raises: UserError: a URL, which would become a folder of that name, here."""
+    if "://" in workdir:
+        raise UserError(
+            "expected a folder; mount the bucket on every host (gcsfuse) and name "
+            "the folder where it is",
+            location=f"--workdir {workdir}",
+        )
+    return pathlib.Path(workdir).absolute()
 
 
 def train(

@@ -202,6 +202,11 @@ def test_mistakes_exit_2_with_one_message(config_file, tmp_path, capsys, args, m
     assert not (tmp_path / "w" / "checkpoints").exists()
 
 
+def test_a_bucket_is_not_taken_for_a_folder(config_file, capsys):
+    assert train.main(["--config", config_file, "--workdir", "gs://bucket/x"]) == 2
+    assert "mount the bucket" in capsys.readouterr().err
+
+
 def test_a_broken_config_file_is_named_with_its_line(tmp_path, capsys):
     path = tmp_path / "broken.py"
     path.write_text("def get_config():\n    return 1 / 0\n")
