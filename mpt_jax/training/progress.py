@@ -52,7 +52,8 @@ class Guard:
 def say(text: str) -> None:
     """Prints a line to stderr; once that is gone, says so on stdout and is silent."""
     with _STDERR:
-        print(text, file=sys.stderr, flush=True)
+        # One write: others, in threads and processes, write there too.
+        print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 
 def _stderr_failed(warning: str) -> None:

@@ -261,6 +261,7 @@ def babysit(environment, *more):
     return launch("tpu_babysit.sh", *good, "--every", "0", *more, env=environment)
 
 
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="git archive: no git checkout")
 def test_babysitter_sees_a_run_through_a_preemption(cloud):
     scripted, verbs = cloud
     environment = scripted(

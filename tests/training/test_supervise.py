@@ -95,8 +95,16 @@ def test_final_exit_codes_are_not_restarted(tmp_path, code):
     assert (got, len(runs)) == (code, 1)
 
 
-@pytest.mark.parametrize("code", [errors.EXIT_DATA, errors.EXIT_CHECKPOINT])
-def test_storage_errors_may_be_transient_and_are_restarted(tmp_path, code):
+@pytest.mark.parametrize(
+    "code",
+    [
+        errors.EXIT_DATA,
+        errors.EXIT_CHECKPOINT,
+        errors.EXIT_STUCK,
+        errors.EXIT_PEER_LOST,
+    ],
+)
+def test_what_may_pass_is_restarted(tmp_path, code):
     assert scripted(tmp_path, f"{code} 0")[0] == 0
 
 

@@ -126,3 +126,52 @@ def test_off_or_closed_never_dies(tmp_path, end):
     time.sleep(0.3)
     assert deaths == []
     assert not (tmp_path / "stacks.txt").exists()
+
+
+def wait_for(condition):
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.01)
+
+
+def test_it_says_whom_all_wait_for_and_tells_the_others_first(tmp_path, capfd):
+    events = []
+    watchdog = Watchdog(
+        SECONDS,
+        tmp_path / "stacks.txt",
+        blame=lambda: "all wait for process 1",
+        tell=lambda code, why: events.append((code, why)),
+        die=lambda code: (events.append(code), watchdog.close()),
+    )
+    watchdog.beat(7)
+    with watchdog.waiting_for("validation split of books"):
+        wait_for(lambda: len(events) == 2)
+    why = (
+        f"no step for {SECONDS} s, last step 7, waiting for validation split of books; "
+        "all wait for process 1"
+    )
+    assert events == [(75, why), 75]
+    assert f"): {why}; exit 75, stacks in " in capfd.readouterr().err
+
+
+def test_a_pause_is_long_but_ends(tmp_path):
+    deaths = []
+    with Watchdog(0.1, tmp_path / "stacks.txt", die=deaths.append) as watchdog:
+        with watchdog.pause("saving"):
+            time.sleep(0.25)
+            assert deaths == []
+            wait_for(lambda: deaths)
+    assert deaths[0] == 75
+    assert b"no step yet, saving; exit 75" in (tmp_path / "stacks.txt").read_bytes()
+
+
+def test_where_it_is_counts_batches_and_says_what_is_done_inside(tmp_path):
+    with Watchdog(0, tmp_path / "stacks.txt") as watchdog:
+        assert watchdog.where() == (0, "no step yet")
+        watchdog.enter()
+        with watchdog.pause("compiling"), watchdog.waiting_for("text"):
+            assert watchdog.where() == (1, "no step yet, waiting for text")
+        watchdog.beat(5)
+        watchdog.enter()
+        assert watchdog.where() == (2, "last step 5")
