@@ -170,9 +170,9 @@ def running(service: Service) -> Iterator[str]:
 
 def settled(service: Service, seconds: float = 10.0) -> bool:
     """Whether every slot and place is free, or becomes so in time."""
-    end = time.monotonic() + seconds
-    while service.worker.pending or not service.worker.engine.idle:
+    end, engine = time.monotonic() + seconds, service.worker.engine
+    while service.in_flight or service.worker.pending or not engine.idle:
         if time.monotonic() > end:
             return False
         time.sleep(0.01)
-    return service.worker.engine.n_running == service.worker.engine.n_waiting == 0
+    return engine.n_running == engine.n_waiting == 0

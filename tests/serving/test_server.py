@@ -29,7 +29,8 @@ def serving(engine=None, **keys):
 
 
 def ask(url, prompt="hello", n=8, **keys):
-    client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+    base = {"base_url": f"{url}/v1", "api_key": "none", "timeout": 60}
+    client = openai.OpenAI(**base, max_retries=0)
     with client:
         found = client.completions.create(
             model=fake.MODEL, prompt=prompt, max_tokens=n, **keys
@@ -79,7 +80,6 @@ def test_who_goes_away_frees_the_slot(stream):
         assert ask(url) == answer("hello", 8)
         assert time.monotonic() - began < HEALTHY_SECONDS
         assert fake.settled(service)
-        assert service.in_flight == 0
 
 
 def test_slow_clients_are_cut_off_and_hurt_nobody():
@@ -99,7 +99,7 @@ def test_slow_clients_are_cut_off_and_hurt_nobody():
                 assert heard.startswith(b"HTTP/1.1 408" if i % 3 == 1 else b"")
                 assert i % 3 == 1 or not heard
         assert ask(url) == answer("hello", 8)
-        assert service.in_flight == 0
+        assert fake.settled(service)
 
 
 def test_a_second_head_may_not_trickle_either():
@@ -123,10 +123,6 @@ def test_who_does_not_read_is_cut_off(monkeypatch):
         wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         wire.sendall(head + body.encode())
         assert fake.settled(service, seconds=30)
-        end = time.monotonic() + 30
-        while service.in_flight and time.monotonic() < end:
-            time.sleep(0.01)
-        assert service.in_flight == 0
 
 
 def test_there_is_a_limit_on_connections(monkeypatch):
