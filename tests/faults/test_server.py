@@ -58,7 +58,7 @@ class Running:
             found.extend(line for line in answer.iter_lines() if line)
 
     def streams(self, prompts, n=LONG):
-        """(threads, their lists), once the first tokens of some have come."""
+        """(threads, their lists), once all are taken and some have their first tokens."""
         lists = [[] for _ in prompts]
         threads = [
             threading.Thread(target=self.stream, args=(p, found, n))
@@ -66,7 +66,9 @@ class Running:
         ]
         for thread in threads:
             thread.start()
-        self.process.until(lambda: any(len(found) > 3 for found in lists), "a token")
+        self.process.until(
+            lambda: all(lists) and any(len(found) > 3 for found in lists), "a token"
+        )
         return threads, lists
 
 
