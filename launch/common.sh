@@ -68,8 +68,12 @@ check_name() {
   check name "$name" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' mpt-7b
 }
 
-check_run() {
+check_config() {
   check config "$config" '[A-Za-z0-9_./-]+\.py(:[A-Za-z0-9_.,=-]+)?' configs/mpt_7b.py
+}
+
+check_run() {
+  check_config
   check workdir "$workdir" 'gs://[a-z0-9][a-z0-9._-]+(/[A-Za-z0-9._=-]+)*/?' \
     gs://my-bucket/mpt-7b
 }

@@ -3,7 +3,9 @@
 # there. Not for your machine.
 #
 #   on_worker.sh setup            install, with a Python of its own
-#   on_worker.sh start ARGUMENTS  mpt_jax.train ARGUMENTS, in the background
+#   on_worker.sh start ARGUMENTS  mpt_jax.train ARGUMENTS, in the background; the bucket
+#                                 of --workdir gs://.. is mounted, and the trainer gets
+#                                 the folder
 #   on_worker.sh state            running, exit CODE, or none
 #   on_worker.sh stop             SIGTERM, and wait until all is saved
 #
@@ -12,6 +14,41 @@ source "$(dirname "$0")/common.sh"
 cd "$(dirname "$0")/.."
 runs=runs/launch
 [[ ${1:-} == --dry-run ]] && dry_run=yes && shift
+
+# Cloud Storage FUSE, where the image has none. Source: its documentation, "Install".
+install_gcsfuse() {
+  local key=/etc/apt/keyrings/gcsfuse.asc apt=https://packages.cloud.google.com/apt
+  sudo mkdir -p "${key%/*}"
+  curl -fsS "$apt/doc/apt-key.gpg" | sudo tee $key >/dev/null
+  echo "deb [signed-by=$key] $apt gcsfuse-$(lsb_release -cs) main" |
+    sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+  sudo apt-get -qq update
+  sudo apt-get -qq install -y gcsfuse
+}
+
+# mount_bucket gs://BUCKET/FOLDER: sets $folder to where that is on this machine.
+mount_bucket() {
+  local path=${1#gs://}
+  local bucket=${path%%/*}
+  local at=$HOME/buckets/$bucket probe
+  folder=$HOME/buckets/${path%/}
+  if [[ $dry_run ]] || ! mountpoint --quiet "$at"; then
+    run mkdir -p "$at"
+    # Nothing is remembered: what another worker has written is seen at once.
+    run gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 \
+      --metadata-cache-negative-ttl-secs=0 "$bucket" "$at"
+  fi
+  [[ $dry_run ]] && return
+  # A checkpoint is whole because its folder gets its name last.
+  probe=$at/.mpt_jax-$(hostname)-$$
+  mkdir "$probe"
+  if ! mv "$probe" "$probe-renamed" 2>/dev/null; then
+    rmdir "$probe"
+    die "gs://$bucket cannot rename folders: make one with gcloud storage buckets" \
+      "create --uniform-bucket-level-access --enable-hierarchical-namespace"
+  fi
+  rmdir "$probe-renamed"
+}
 
 alive() { [[ -f $runs/pid ]] && kill -0 "$(<$runs/pid)" 2>/dev/null; }
 
@@ -22,10 +59,18 @@ case ${1:-} in
     run "$HOME/.local/bin/uv" venv --quiet --allow-existing --python 3.13 .venv
     run "$HOME/.local/bin/uv" pip install --quiet --python .venv/bin/python \
       -c constraints.txt ./launch/editdistance -e '.[tpu]'
+    command -v gcsfuse >/dev/null || run install_gcsfuse
     ;;
   start)
     shift
-    train=(.venv/bin/python -m mpt_jax.train "$@")
+    train=(.venv/bin/python -m mpt_jax.train)
+    for word in "$@"; do
+      if [[ ${last:-} == --workdir && $word == gs://* ]]; then
+        mount_bucket "$word"
+        word=$folder
+      fi
+      train+=("$word") last=$word
+    done
     if [[ $dry_run ]]; then
       run "${train[@]}"
       exit 0

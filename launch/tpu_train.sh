@@ -7,7 +7,8 @@
 # --name NAME       as given to tpu_create.sh; all of its slices are one job
 # --project, --zone default $PROJECT and $ZONE
 # --config FILE.py  of the code that tpu_setup.sh put there
-# --workdir gs://.. checkpoints, metrics, logs; the same again resumes
+# --workdir gs://.. checkpoints, metrics, logs; the same again resumes. Of a bucket with
+#                   a hierarchical namespace, which every worker mounts
 # -- ARGUMENTS      for mpt_jax.train
 # --dry-run         print the commands only
 source "$(dirname "$0")/common.sh"

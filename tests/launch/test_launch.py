@@ -32,8 +32,9 @@ GOOD = {
     "tpu_stop.sh": PLACE,
     "tpu_delete.sh": PLACE,
     "tpu_babysit.sh": [*PLACE, *RUN, "--type", "v6e-8", "--source", "gs://bucket/src"],
-    "gke_train.sh": [*PLACE, *RUN, "--type", "v5p-256", "--cluster", "pod",
-                     "--image", "gcr.io/p/mpt_jax:1"],
+    "gke_train.sh": [*PLACE, *RUN[:2], "--type", "v5p-256", "--cluster", "pod",
+                     "--image", "gcr.io/p/mpt_jax:1", "--storage", "bucket",
+                     "--workdir", "/data/mpt-7b"],
     "slurm_train.sbatch": ["--name", "run", "--config", "configs/mpt_7b.py",
                            "--workdir", "/shared/my run"],
 }  # fmt: skip
@@ -100,9 +101,9 @@ def launch(script: str, *arguments: str, **keys) -> subprocess.CompletedProcess[
 {TRAIN}"""),
         ("gke_train.sh", ["--slices", "2"], "xpk workload create --workload=run "
          "--cluster=pod --project=my-project --zone=us-west4-a --tpu-type=v5p-256 "
-         "--num-slices=2 --docker-image=gcr.io/p/mpt_jax:1 --max-restarts=50 "
-         "'--command=python -m mpt_jax.train --config configs/mpt_7b.py --workdir "
-         "gs://bucket/mpt-7b --supervise'"),
+         "--num-slices=2 --docker-image=gcr.io/p/mpt_jax:1 --storage=bucket "
+         "--max-restarts=50 '--command=python -m mpt_jax.train --config "
+         "configs/mpt_7b.py --workdir /data/mpt-7b --supervise'"),
         ("slurm_train.sbatch", ["--nodes", "4", "--partition", "h100", "--time",
                                 "2-00:00"],
          "sbatch --job-name=run --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 "
@@ -351,6 +352,56 @@ def test_worker_stop_waits_until_all_is_saved(worker):
     assert call("stop").stdout == "exit 0\n"
     assert (runs / "log").read_text() == "on\nsaved\n"
     assert call("state").stdout == "exit 0\n"
+
+
+@pytest.fixture
+def bucket(worker, tmp_path, monkeypatch):
+    """What a bucket holds, of a worker whose gcsfuse links a folder to it."""
+    made, home = tmp_path / "in-the-bucket", tmp_path / "home"
+    for folder in (made, home, tmp_path / "bin"):
+        folder.mkdir()
+    for name, body in {
+        "gcsfuse": f'echo "$*" >>{tmp_path}/mounts\n'
+                   f'set -- "${{@: -2}}"; rmdir "$2"; ln -s {made} "$2"',
+        "mountpoint": '[[ -L $2 ]]',
+    }.items():  # fmt: skip
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(home))
+    return made
+
+
+TRAINS_THERE = ["start", "--config", "c.py", "--workdir", "gs://my-bucket/runs/a"]
+
+
+def test_worker_mounts_the_bucket_once(worker, bucket, tmp_path):
+    trainer, call, runs = worker
+    trainer("print(sys.argv[-1], flush=True)")
+    for _ in range(2):
+        assert call(*TRAINS_THERE).returncode == 0
+        wait_for(lambda: call("state").stdout == "exit 0\n")
+    at = tmp_path / "home/buckets/my-bucket"
+    assert (runs / "log").read_text() == f"{at}/runs/a\n" * 2
+    assert (tmp_path / "mounts").read_text() == (
+        "--implicit-dirs --metadata-cache-ttl-secs=0 "
+        f"--metadata-cache-negative-ttl-secs=0 my-bucket {at}\n"
+    )
+    assert list(bucket.iterdir()) == []  # the probe is gone
+
+
+def test_worker_refuses_a_bucket_that_cannot_rename_folders(worker, bucket, tmp_path):
+    trainer, call, runs = worker
+    trainer("print('started')")
+    mv = tmp_path / "bin/mv"
+    mv.write_text("#!/usr/bin/env bash\nexit 1\n")
+    mv.chmod(0o755)
+    done = call(*TRAINS_THERE)
+    assert done.returncode == 2
+    assert "gs://my-bucket cannot rename folders: make one with" in done.stderr
+    assert not runs.exists()
+    assert list(bucket.iterdir()) == []
 
 
 def test_slurm_job_starts_the_trainer_through_srun(tmp_path):
