@@ -30,24 +30,13 @@ install_gcsfuse() {
 mount_bucket() {
   local path=${1#gs://}
   local bucket=${path%%/*}
-  local at=$HOME/buckets/$bucket probe
+  local at=$HOME/buckets/$bucket
   folder=$HOME/buckets/${path%/}
-  if [[ $dry_run ]] || ! mountpoint --quiet "$at"; then
-    run mkdir -p "$at"
-    # Nothing is remembered: what another worker has written is seen at once.
-    run gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 \
-      --metadata-cache-negative-ttl-secs=0 "$bucket" "$at"
-  fi
-  [[ $dry_run ]] && return
-  # A checkpoint is whole because its folder gets its name last.
-  probe=$at/.mpt_jax-$(hostname)-$$
-  mkdir "$probe"
-  if ! mv "$probe" "$probe-renamed" 2>/dev/null; then
-    rmdir "$probe"
-    die "gs://$bucket cannot rename folders: make one with gcloud storage buckets" \
-      "create --uniform-bucket-level-access --enable-hierarchical-namespace"
-  fi
-  rmdir "$probe-renamed"
+  mountpoint --quiet "$at" && return
+  run mkdir -p "$at"
+  # Nothing is remembered: what another worker has written is seen at once.
+  run gcsfuse --implicit-dirs --metadata-cache-ttl-secs=0 \
+    --metadata-cache-negative-ttl-secs=0 "$bucket" "$at"
 }
 
 alive() { [[ -f $runs/pid ]] && kill -0 "$(<$runs/pid)" 2>/dev/null; }

@@ -1,6 +1,6 @@
 """Checkpoints of a run: saved in the background, complete or not there at all.
 
-On a local or shared file system, in the run's directory::
+In the run's directory, on a file system that renames folders in one piece::
 
     .lock               flock of the one trainer, with its host and pid
     .saving-00000120/   unfinished; a leftover after kill -9, removed at the next start
@@ -9,9 +9,6 @@ On a local or shared file system, in the run's directory::
 
 Hence a step without a valid manifest is damage, never an unfinished save. Every process
 calls save() and latest_valid(); process 0 alone locks, hashes, renames and deletes.
-
-Object stores (gs:// through etils.epath; untested) cannot rename: there Orbax saves
-under the final name, and a step without MANIFEST.json is an unfinished save.
 """
 
 from __future__ import annotations
@@ -69,7 +66,6 @@ class Checkpoints:
         self.last_step: int | None = None  # the last one saved or resumed
         self._config = config
         self._primary = jax.process_index() == 0
-        self._remote = disk.is_remote(self.directory)
         self._abandoned: set[int] = set()  # damaged, or newer than a damaged one
         self._timer: float | None = None
         self._saving: concurrent.futures.Future[None] | None = None
@@ -182,9 +178,7 @@ class Checkpoints:
                     location=str(self.directory),
                 )
             self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(items)))
-        target = self._path(step)
-        if not self._remote:
-            target = target.with_name(SAVING + target.name)
+        target = self.directory / (SAVING + disk.step_name(step))
         files = {} if data is None else {disk.data_name(*part): data}
         items["data"] = _ProcessData(files)
         with disk.orbax_errors(f"save step {step}", self.directory):
@@ -227,17 +221,26 @@ class Checkpoints:
         refused = contextlib.ExitStack()
         with disk.readable_errors("write here", self.directory), refused:
             self.directory.mkdir(parents=True, exist_ok=True)
-            lock = (
-                None if self._remote else refused.enter_context(_lock(self.directory))
-            )
+            lock = refused.enter_context(_lock(self.directory))
             self._remove_leftovers()
             probe = self.directory / f"{SAVING}probe"
-            probe.write_text("can this be written, synced and renamed?")
-            if not self._remote:
-                durable.fsync(probe)
-            probe.rename(self.directory / f"{DELETING}probe").unlink()
+            probe.mkdir()
+            (probe / "file").write_text("can this be written, synced and renamed?")
+            durable.fsync(probe / "file")
+            self._rename(probe, f"{DELETING}probe").rmtree()
             refused.pop_all()
             return lock
+
+    def _rename(self, path: epath.Path, name: str) -> epath.Path:
+        try:
+            return path.rename(self.directory / name)
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot rename a folder: {error.strerror}; expected a file system "
+                "that does so in one piece (of Cloud Storage, a bucket with a "
+                "hierarchical namespace)",
+                location=str(path),
+            ) from None
 
     def _remove_leftovers(self) -> None:
         for path in self.directory.iterdir():
@@ -246,8 +249,6 @@ class Checkpoints:
                 path.rmtree() if path.is_dir() else path.unlink()
 
     def _check_room(self, n_bytes: int) -> None:
-        if self._remote:
-            return
         need, free = n_bytes * ROOM_FACTOR, shutil.disk_usage(self.directory).free
         if need > free:
             keep = self._config.keep
@@ -260,13 +261,12 @@ class Checkpoints:
 
     def _commit(self, target: epath.Path, step: int) -> None:
         """Turns the complete ``target`` into the step; removes those not kept."""
-        if not self._remote:
-            # Against power loss, as older steps go next; kill -9 does not need it.
-            durable.fsync_tree(target)
-            if self._path(step).exists():  # an abandoned one: an older step is valid
-                self._remove(step)
-            target.rename(self._path(step))
-            durable.fsync(self.directory)
+        # Against power loss, as older steps go next; kill -9 does not need it.
+        durable.fsync_tree(target)
+        if self._path(step).exists():  # an abandoned one: an older step is valid
+            self._remove(step)
+        self._rename(target, disk.step_name(step))
+        durable.fsync(self.directory)
         logger.info("saved %s", self._path(step))
         self._abandoned.discard(step)
         steps = self.steps()
@@ -276,13 +276,8 @@ class Checkpoints:
 
     def _remove(self, step: int) -> None:
         """Hides a step, then deletes it: half a step must not look like damage."""
-        path = self._path(step)
-        if self._remote:
-            (path / disk.MANIFEST).unlink()
-            path.rmtree()
-        else:
-            hidden = path.rename(path.with_name(DELETING + path.name))
-            shutil.rmtree(hidden, ignore_errors=True)  # the next save takes the rest
+        hidden = self._rename(self._path(step), DELETING + disk.step_name(step))
+        shutil.rmtree(hidden, ignore_errors=True)  # the next save takes the rest
 
 
 class _ProcessData:

@@ -315,8 +315,7 @@ def list_steps(directory: epath.Path) -> list[int]:
     return sorted(
         int(path.name)
         for path in paths
-        if STEP_NAME.fullmatch(path.name)
-        and ((path / MANIFEST).exists() if is_remote(path) else path.is_dir())
+        if STEP_NAME.fullmatch(path.name) and path.is_dir()
     )
 
 
@@ -332,10 +331,6 @@ def data_name(index: int, count: int) -> str:
 def absolute(path: str | os.PathLike) -> epath.Path:
     text = os.fspath(path)
     return epath.Path(text if "://" in text else os.path.abspath(text))
-
-
-def is_remote(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)
 
 
 def now() -> str:

@@ -58,7 +58,7 @@ class Running:
             found.extend(line for line in answer.iter_lines() if line)
 
     def streams(self, prompts, n=LONG):
-        """(threads, their lists), once all are taken and some have their first tokens."""
+        """(threads, their lists), once all are taken and one has its first tokens."""
         lists = [[] for _ in prompts]
         threads = [
             threading.Thread(target=self.stream, args=(p, found, n))

@@ -359,6 +359,19 @@ def test_a_directory_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
     Checkpoints(tmp_path, KEEP_ALL).close()  # and the lock was freed
 
 
+def test_a_file_system_that_cannot_rename_folders_is_refused(tmp_path, monkeypatch):
+    rename = os.rename
+
+    def of_files_only(source, target):
+        if os.path.isdir(source):
+            raise OSError(38, "Function not implemented")  # as FUSE of a flat bucket
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", of_files_only)
+    with pytest.raises(CheckpointError, match="cannot rename a folder: Function not"):
+        Checkpoints(tmp_path, KEEP_ALL)
+
+
 def test_relative_paths_are_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with Checkpoints("run/checkpoints", KEEP_ALL) as checkpoints:
