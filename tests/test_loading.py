@@ -100,7 +100,7 @@ def test_dtype_of_parameters_and_arithmetic(made, tmp_path, monkeypatch):
         monkeypatch.setattr(weights, "has_bfloat16_tiles", lambda tiles=tiles: tiles)
         half = loading.load(tmp_path / "half")
         assert half.cfg.compute_dtype == "float32"
-        assert isinstance(half.params["blocks"][0]["attn"]["Wq"]["weight"], kind)
+        assert isinstance(half.params["blocks"][0]["ffn"]["up_proj"]["weight"], kind)
 
 
 def checkpoint(root, made, **data):

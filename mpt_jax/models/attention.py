@@ -25,6 +25,7 @@ from mpt_jax.models.cache import LayerCache, read_slot, write_chunk, write_token
 from mpt_jax.models.heads import slopes
 from mpt_jax.models.init import Fans
 from mpt_jax.models.layers import Linear, Norm
+from mpt_jax.models.packed import Joint
 from mpt_jax.partitioning import current_mesh, rule, shard
 
 # MosaicML builds q_ln and k_ln without passing norm_type on: always its default.
@@ -163,7 +164,12 @@ class Attention(nnx.Module):
     def _project(self, x_BLE: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """q_BLHD, k_BLKD, v_BLKD, as attention takes them."""
         a = self.cfg.attn_config
-        q, k, v = self.Wq(x_BLE), self.Wk(x_BLE), self.Wv(x_BLE)
+        maps, weight = (self.Wq, self.Wk, self.Wv), self.Wq.weight.get_value()
+        if isinstance(weight, Joint):
+            products = weight.matmul(x_BLE)
+            q, k, v = (m.add_bias(y) for m, y in zip(maps, products, strict=True))
+        else:
+            q, k, v = (m(x_BLE) for m in maps)
         if a.clip_qkv:
             q, k, v = (jnp.clip(t, -a.clip_qkv, a.clip_qkv) for t in (q, k, v))
         if self.q_ln is not None:

@@ -137,6 +137,8 @@ def write_tokens(
     block_BL = column_BL // NORM_BLOCK
     norms_BLK = skip.norms(k_BLKD)
     norms = layer.norms_BKJ.at[rows_B1, :, block_BL].max(norms_BLK, mode="drop")
+    # Else XLA puts the update into each of its readers, on a copy of the whole cache.
+    k, v, norms = lax.optimization_barrier((k, v, norms))
     return _sharded(cfg, k, v, norms)
 
 

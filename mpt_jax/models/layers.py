@@ -88,6 +88,9 @@ class Linear(nnx.Module):
             y = weight.matmul(x).astype(self.dtype)
         else:
             y = matmul(x, weight, self.n_in)
+        return self.add_bias(y)
+
+    def add_bias(self, y: jax.Array) -> jax.Array:
         if self.bias is None:
             return y
         bias = self.bias[...].astype(self.dtype)

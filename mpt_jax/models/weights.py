@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from mpt_jax.models.mpt import Params
-from mpt_jax.models.packed import Int8, Packed, ThreePass
+from mpt_jax.models.packed import Int8, Joint, Packed, ThreePass
 
 # Every linear map of a block, and how many of its dims are inputs.
 _LINEARS = {
@@ -52,11 +52,18 @@ def quantize(params: Params) -> Params:
 
 
 def three_pass(params: Params) -> Params:
-    """Unstacked ``params`` with every bfloat16 matrix as a packed.ThreePass, for
-    float32 arithmetic where has_bfloat16_tiles()."""
-    return _packed(
-        params, lambda w, n: ThreePass(w, n) if w.dtype == jnp.bfloat16 else None
-    )
+    """Unstacked ``params`` whose matrices are bfloat16 with every one as a
+    packed.ThreePass, for float32 arithmetic where has_bfloat16_tiles()."""
+
+    def joined(layer: Params) -> Params:
+        """q, k and v in the place of q: one product is faster than three."""
+        three = {name: dict(layer["attn"][name]) for name in ("Wq", "Wk", "Wv")}
+        ws = [_outputs_first(p.pop("weight"), n_in=1) for p in three.values()]
+        three["Wq"]["weight"] = Joint.of(*ws, n_out=2)
+        return {**layer, "attn": {**layer["attn"], **three}}
+
+    params = {**params, "blocks": tuple(map(joined, params["blocks"]))}
+    return _packed(params, ThreePass)
 
 
 @functools.cache
@@ -67,21 +74,23 @@ def has_bfloat16_tiles() -> bool:
     return re.search(r"\bamx_bf16\b", _CPUINFO.read_text()) is not None
 
 
-def _packed(params: Params, pack: Callable[[jax.Array, int], Packed | None]) -> Params:
-    """pack(w, n_out), or where that is None itself, for each output-major matrix w."""
+def _outputs_first(w: jax.Array, *, n_in: int) -> jax.Array:
+    return jnp.moveaxis(w, range(n_in), range(w.ndim - n_in, w.ndim))
+
+
+def _packed(params: Params, pack: Callable[[jax.Array, int], Packed]) -> Params:
+    """pack(w, n_out) for each output-major matrix w; what is packed stays."""
 
     def linear(p: Params, n_in: int) -> Params:
-        w = p["weight"]
-        n_out = w.ndim - n_in
-        outputs_first = jnp.moveaxis(w, range(n_in), range(n_out, w.ndim))
-        packed = pack(outputs_first, n_out)
-        return p if packed is None else {**p, "weight": packed}
+        w = p.get("weight")
+        if not isinstance(w, jax.Array):
+            return p
+        return {**p, "weight": pack(_outputs_first(w, n_in=n_in), w.ndim - n_in)}
 
     out = dict(params)
     for table in ("wte", "lm_head"):
         if table in params:
-            packed = pack(params[table]["weight"], 1)
-            out[table] = params[table] if packed is None else {"weight": packed}
+            out[table] = {"weight": pack(params[table]["weight"], 1)}
     out["blocks"] = tuple(
         {
             **layer,
