@@ -10,8 +10,7 @@ and the keys of every row once; ``floor`` is those bytes over the speed at which
 machine reads a large array, measured in the same run. Weights are rounded to bfloat16,
 as all released ones are, whatever the arithmetic, or with --weights float32 not at all.
 With ``--peer hf`` transformers' generate() runs on the same weights in a process
-beside, round about, and
-the ratios of the medians are reported.
+beside, round about, and the ratios of the medians are reported.
 """
 
 from __future__ import annotations
