@@ -116,6 +116,7 @@ def _scan_chunks(
     C = -(-T // n_chunks)
     dtype = hidden_BLE.dtype
     head_VE = shard(unembed_VE.astype(dtype), "vocab", "act_embed")
+    is_sharded = shards("tokens") * shards("act_vocab") > 1
 
     def chunked(x, *trailing):
         x = x.reshape(rows, B // rows, parts, L // parts, *trailing)
@@ -134,18 +135,27 @@ def _scan_chunks(
         raw_GCV = shard(raw_GCV, "tokens", None, "act_vocab")
         cap = options.logit_softcap
         logits_GCV = raw_GCV if cap is None else cap * jnp.tanh(raw_GCV / cap)
-        log_z_GC = jax.nn.logsumexp(logits_GCV, axis=-1)
+        # One exponential for the sum and for the probabilities.
+        top_GC = jnp.max(logits_GCV, axis=-1)
+        exp_GCV = jnp.exp(logits_GCV - top_GC[..., None])
+        total_GC = jnp.sum(exp_GCV, axis=-1)
+        log_z_GC = top_GC + jnp.log(total_GC)
         vocab_11V = jnp.arange(V)[None, None]
         is_target_GCV = vocab_11V == target_GC[..., None]
-        target_logit_GC = jnp.sum(jnp.where(is_target_GCV, logits_GCV, 0), axis=-1)
+        if is_sharded:
+            target_logit_GC = jnp.sum(jnp.where(is_target_GCV, logits_GCV, 0), axis=-1)
+        else:  # a sum over the vocabulary is slow on CPUs
+            target_logit_GC = jnp.take_along_axis(
+                logits_GCV, target_GC[..., None], axis=-1
+            )[..., 0]
         ce_G = jnp.sum(weight_GC * (log_z_GC - target_logit_GC), axis=-1)
         z_G = jnp.sum(weight_GC * jnp.square(log_z_GC), axis=-1)
         sums = (sums[0] + ce_G, sums[1] + z_G)
         if not with_grads:
             return (sums, dhead_GVE), None
-        p_GCV = jnp.exp(logits_GCV - log_z_GC[..., None])
-        slope_GC1 = (1 + 2 * options.z_loss * log_z_GC)[..., None]
-        d_GCV = weight_GC[..., None] * (p_GCV * slope_GC1 - is_target_GCV)
+        slope_GC = (1 + 2 * options.z_loss * log_z_GC) / total_GC
+        d_GCV = exp_GCV * slope_GC[..., None] - is_target_GCV
+        d_GCV = weight_GC[..., None] * d_GCV
         if cap is not None:
             d_GCV = d_GCV * (1 - jnp.square(logits_GCV / cap))
         d_GCV = (d_GCV * options.logit_scale).astype(dtype)
