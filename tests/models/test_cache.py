@@ -191,9 +191,11 @@ def test_a_bfloat16_checkpoint_computes_the_same_in_three_passes():
     packed = weights.three_pass(rounded)
     assert isinstance(packed["blocks"][1]["ffn"]["up_proj"]["weight"], ThreePass)
     wide = jax.tree.map(lambda a: a.astype(jnp.float32), rounded)
-    ids, states = tokens(64), []
+    ids, both = tokens(65), []
     for one in (wide, packed):
         cache = caches.make(CFG, SLOTS, S)
-        x_LE, _ = prefill(CFG, one, cache, ids, slot=0, start=0)
-        states.append(mpt.logits(CFG, one, x_LE[None]))
-    np.testing.assert_allclose(*states, **REORDERED)
+        x_LE, cache = prefill(CFG, one, cache, ids[:64], slot=0, start=0)
+        x_11E, _ = decode(CFG, one, cache, ids[None, 64:], jnp.array([64]))
+        states = jnp.concatenate([x_LE[None], x_11E], axis=1)  # many rows, and few
+        both.append(mpt.logits(CFG, one, states))
+    np.testing.assert_allclose(*both, **REORDERED)
