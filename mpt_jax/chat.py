@@ -63,6 +63,8 @@ def main(argv: Sequence[str]) -> int:
         "model's max_seq_len")  # fmt: skip
     add("--dtype", choices=["float32", "bfloat16"])
     add("--int8", action="store_true", help="weights in 8 bits: half the memory")
+    add("--mesh", metavar="AXES", help="over several devices, such as tensor=4 or "
+        "fsdp=2,tensor=2")  # fmt: skip
     add("--traceback", action="store_true", help="show the stack of an error")
 
     def run() -> int:
@@ -93,6 +95,7 @@ def _open(flags: argparse.Namespace) -> tuple[Session, str]:
         flags.checkpoint,
         dtype=flags.dtype,
         int8=flags.int8,
+        mesh=flags.mesh,
         tokenizer=flags.tokenizer,
     )
     tokenizer = loaded.need_tokenizer()

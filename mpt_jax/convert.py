@@ -21,15 +21,13 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpt_jax.config import ModelConfig, flatten, parse
+from mpt_jax.config import ModelConfig, flatten
 from mpt_jax.errors import EXIT_OK, run_verb
 
 if TYPE_CHECKING:
     from mpt_jax.interop.write import Parts
-    from mpt_jax.training.stored import StoredStep
 
 FORMATS = ("hf", "mosaicml", "gguf")
-TOKENIZER = "tokenizer"  # the folder of its files in a checkpoint of ours
 
 
 def main(argv: Sequence[str]) -> int:
@@ -101,9 +99,9 @@ def convert_from(
         for part, array in _shown(checked.stream(), cfg):
             params.write(part, array)
         (folder / stored.META).write_text(json.dumps(meta, indent=1))
-        (folder / TOKENIZER).mkdir()
+        (folder / stored.TOKENIZER).mkdir()
         for file in found.tokenizer:
-            shutil.copyfile(file, folder / TOKENIZER / file.name)
+            shutil.copyfile(file, folder / stored.TOKENIZER / file.name)
         arrays = stored.describe({"params": names.unflatten(names.structs(cfg))})
         step = int(out.name) if stored.STEP_NAME.fullmatch(out.name) else 0
         stored.write_manifest(_epath(folder), step=step, arrays=arrays)
@@ -126,28 +124,29 @@ def convert_to(
     Raises: UserError: the format would compute another model, by each such field.
       CheckpointError: all that is wrong with ``source``.
     """
+    from mpt_jax import loading
     from mpt_jax.interop import gguf_write, write
 
-    opened, out = _open(source), _absolute(out)
+    opened, out = loading.open_checkpoint(source), _absolute(out)
     keys: dict[str, Any] = {
-        "dtype": dtype or opened.config.param_dtype, "tokens": opened.tokens,
+        "dtype": dtype or opened.cfg.param_dtype, "tokens": opened.tokens,
         "tokenizer": opened.tokenizer,
     }  # fmt: skip
-    parts = _shown(opened.parts, opened.config)
+    parts = _shown(opened.parts, opened.cfg)
     if format == "gguf":
-        gguf_write.write_gguf(out, parts, opened.config, **keys)
+        gguf_write.write_gguf(out, parts, opened.cfg, **keys)
     else:
-        write.write_folder(out, parts, opened.config, kind=format, **keys)
+        write.write_folder(out, parts, opened.cfg, kind=format, **keys)
 
 
 def inspect(source: str | pathlib.Path) -> str:
     """What a checkpoint is and where it can go, after checking it whole."""
-    from mpt_jax import presets
+    from mpt_jax import loading, presets
     from mpt_jax.interop import configs
     from mpt_jax.models.mpt import count_params
 
-    opened = _open(source)
-    cfg, default = opened.config, flatten(ModelConfig())
+    opened = loading.open_checkpoint(source)
+    cfg, default = opened.cfg, flatten(ModelConfig())
     fields = {
         path: value for path, value in flatten(cfg).items()
         if value != default[path] and path not in configs.OURS
@@ -178,48 +177,6 @@ def _essence(cfg: ModelConfig) -> ModelConfig:
     if not cfg.has_wpe:
         plain["learned_pos_emb"] = False
     return dataclasses.replace(cfg, **plain)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Opened:
-    """A checkpoint of whatever kind, checked; ``parts`` is read once."""
-
-    kind: str
-    config: ModelConfig
-    parts: Parts
-    tokens: dict[str, Any]
-    tokenizer: list[pathlib.Path]
-
-
-def _open(path: str | pathlib.Path) -> _Opened:
-    from mpt_jax.interop import read
-    from mpt_jax.training import stored
-
-    path = _absolute(path)
-    is_step = (path / stored.MANIFEST).exists() or stored.STEP_NAME.fullmatch(path.name)
-    if is_step or stored.list_steps(_epath(path)):
-        return _open_ours(stored.open_checkpoint(path))
-    checked = read.check(path)
-    source = checked.source
-    return _Opened(
-        source.kind, checked.config, checked.stream(), source.tokens, source.tokenizer
-    )
-
-
-def _open_ours(step: StoredStep) -> _Opened:
-    from mpt_jax.interop import names, store
-    from mpt_jax.training import stored
-
-    cfg = parse(ModelConfig, step.meta["config"]["model"], location=str(step.path))
-    step.check_fit(params=names.unflatten(names.structs(cfg)))
-
-    def parts() -> Parts:
-        with stored.readable_errors("read the parameters", step.path):
-            yield from store.ParamStore(step.path).stream(cfg)
-
-    folder = pathlib.Path(step.path) / TOKENIZER
-    files = sorted(folder.iterdir()) if folder.is_dir() else []
-    return _Opened("mpt_jax", cfg, parts(), step.meta.get("tokens") or {}, files)
 
 
 def _shown(parts: Parts, cfg: ModelConfig) -> Iterator[Any]:

@@ -9,6 +9,7 @@ an MptError and keeps the traceback for ``--traceback``.
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -94,6 +95,8 @@ class DivergedError(MptError):
 
 def run_verb(main: Callable[[], int | None], *, show_traceback: bool) -> int:
     """Runs a verb; turns an exception into one readable message and an exit code."""
+    # Before absl, which would show the names of loggers.
+    logging.basicConfig(format="%(levelname)s: %(message)s")
     try:
         return main() or EXIT_OK
     except MptError as error:

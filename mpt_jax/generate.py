@@ -20,9 +20,8 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mpt_jax.config import MeshConfig, parse
 from mpt_jax.errors import EXIT_OK, CheckpointError, UserError, run_verb
 
 if TYPE_CHECKING:
@@ -129,20 +128,6 @@ def _prompt(flags: argparse.Namespace) -> str:
         raise UserError(message, location=where) from None
 
 
-def _mesh(text: str) -> Any:
-    """The mesh of "fsdp=2,tensor=2" over all devices."""
-    from mpt_jax import partitioning
-
-    pairs = [part.partition("=") for part in text.split(",")]
-    sizes = {axis: size for axis, _, size in pairs}
-    try:
-        config = parse(MeshConfig, {a: int(s) for a, s in sizes.items()})
-    except ValueError:
-        message = f"--mesh: got {text!r}, expected AXIS=N, as in tensor=4"
-        raise UserError(message) from None
-    return partitioning.make_mesh(config)
-
-
 def _run(flags: argparse.Namespace, sampling: Sampling, prompt: str) -> None:
     import dataclasses
 
@@ -151,8 +136,8 @@ def _run(flags: argparse.Namespace, sampling: Sampling, prompt: str) -> None:
     from mpt_jax.generation.engine import Request
 
     loaded = loading.load(
-        flags.checkpoint, dtype=flags.dtype, int8=flags.int8,
-        tokenizer=flags.tokenizer, mesh=_mesh(flags.mesh) if flags.mesh else None,
+        flags.checkpoint, dtype=flags.dtype, int8=flags.int8, mesh=flags.mesh,
+        tokenizer=flags.tokenizer,
     )  # fmt: skip
     tokenizer = loaded.need_tokenizer()
     ids, stop_ids = _ids(loaded, prompt, flags.template)

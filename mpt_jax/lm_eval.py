@@ -7,7 +7,7 @@ runs the harness's own command line with the model registered; ``lm_eval`` itsel
 it, too, in releases that look for plugins (the entry point is in setup.py; 0.4.13 does
 not look yet). From Python: ``lm_eval.simple_evaluate(mpt_jax.lm_eval.MptJax(...))``.
 
-Needs the lm-eval extra: pip install 'mpt_jax[lm-eval]'. Source of the rules (what is
+Needs the lm-eval extra: pip install -e '.[lm-eval]'. Source of the rules (what is
 cut off where, what stands before an empty context, how long texts are windowed):
 lm-evaluation-harness@0.4.13:lm_eval/api/model.py and models/huggingface.py.
 """
@@ -179,6 +179,7 @@ class Harness:
         *,
         dtype: str | None = None,
         int8: bool = False,
+        mesh: str | None = None,
         tokenizer: str | None = None,
         batch_size: int | str = 1,
         max_length: int | None = None,
@@ -188,7 +189,7 @@ class Harness:
     ):
         super().__init__()
         self.loaded = loading.load(
-            checkpoint, dtype=dtype, int8=int8, tokenizer=tokenizer
+            checkpoint, dtype=dtype, int8=int8, mesh=mesh, tokenizer=tokenizer
         )
         self.tokenizer = self.loaded.need_tokenizer()
         self.batch_size = 16 if batch_size == "auto" else int(batch_size)
@@ -348,7 +349,7 @@ def _model_class() -> type:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "lm_eval":
             raise
-        message = "needs the harness: pip install 'mpt_jax[lm-eval]'"
+        message = "needs the harness: pip install -e '.[lm-eval]'"
         raise UserError(message) from None
     members = {"__doc__": Harness.__doc__, "__module__": __name__}
     return register_model("mpt_jax")(type("MptJax", (Harness, TemplateLM), members))

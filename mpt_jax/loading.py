@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 
 from mpt_jax import partitioning
 from mpt_jax import tokenizer as tokenizers
-from mpt_jax.config import DataConfig, ModelConfig, parse
-from mpt_jax.errors import CheckpointError, DataError, UserError
+from mpt_jax.config import DataConfig, MeshConfig, ModelConfig, parse
+from mpt_jax.errors import CheckpointError, DataError, InternalError, UserError
 from mpt_jax.generation import memory, text
 from mpt_jax.generation.engine import Engine, Request, TokenLogprob
 from mpt_jax.generation.sampling import Sampling
@@ -79,7 +79,7 @@ def load(
     *,
     dtype: str | None = None,
     int8: bool = False,
-    mesh: Mesh | None = None,
+    mesh: Mesh | str | None = None,
     tokenizer: str | None = None,
 ) -> Loaded:
     """Loads a checkpoint of ours (a step, or the newest of a run), or a foreign one.
@@ -89,13 +89,15 @@ def load(
         accelerators and float32 on CPUs. A bfloat16 checkpoint keeps its matrices so
         in float32 arithmetic on CPUs where that is faster, and as exact.
       int8: keep the matrices as int8 with a scale per output channel.
-      mesh: where to put it; default one device.
+      mesh: where to put it, or its axes over all devices, as in "fsdp=2,tensor=2";
+        default one device.
       tokenizer: a name or file as tokenizer.load() takes it, instead of the
         checkpoint's own.
     Raises: CheckpointError: all that is wrong with it. DataError: of ``tokenizer``.
-      UserError: it does not fit in memory.
+      UserError: it does not fit in memory, or on the mesh. ConfigError: no mesh.
     """
-    opened = _open(path)
+    mesh = _mesh(mesh) if isinstance(mesh, str) else mesh
+    opened = open_checkpoint(path)
     found, why = _tokenizer(opened, tokenizer)
     device = mesh.devices.flat[0] if mesh is not None else jax.devices()[0]
     dtype = dtype or ("float32" if device.platform == "cpu" else "bfloat16")
@@ -117,6 +119,7 @@ def load(
             location=tokenizer or str(opened.path),
         )
     with _on(mesh):
+        _check_split(cfg, mesh)
         params = _place(cfg, opened.parts, pack=pack, int8=int8, name=opened.name)
     eos = opened.tokens.get("eos_token_id")
     eos_ids = {*(eos if isinstance(eos, list) else [eos]), found and found.eos_id}
@@ -193,20 +196,29 @@ def _joined(deltas: list[text.Delta], *, name: str) -> Completion:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Opened:
-    """A checkpoint of whatever kind, checked. parts: read once. tokens: ids by name.
-    folder: where its tokenizer would lie. data: of a training run of ours."""
+class Opened:
+    """A checkpoint of whatever kind, checked.
 
+    parts: read once. tokens: ids by name. tokenizer: its files, which would lie in
+    folder. data: of a training run of ours.
+    """
+
+    kind: str
     path: pathlib.Path
     name: str
     cfg: ModelConfig
     parts: Parts
     tokens: dict[str, Any]
+    tokenizer: Sequence[pathlib.Path]
     folder: pathlib.Path
     data: dict[str, Any] | None = None
 
 
-def _open(path: str | os.PathLike) -> _Opened:
+def open_checkpoint(path: str | os.PathLike) -> Opened:
+    """A checkpoint of ours, the newest of a run, or anything that interop reads.
+
+    Raises: CheckpointError: all that is wrong with it.
+    """
     root = stored.absolute(os.path.expanduser(path))
     if stored.list_steps(root / "checkpoints"):  # the folder of a run
         root = root / "checkpoints"
@@ -215,44 +227,43 @@ def _open(path: str | os.PathLike) -> _Opened:
         return _open_ours(stored.open_checkpoint(root))
     checked = read.check(root)
     source = checked.source
-    folder = source.path if source.path.is_dir() else source.path.parent
-    return _Opened(
-        source.path, source.path.stem if source.path.is_file() else source.path.name,
-        checked.config, checked.stream(), source.tokens, folder,
+    is_file = source.path.is_file()
+    return Opened(
+        source.kind, source.path, source.path.stem if is_file else source.path.name,
+        checked.config, checked.stream(), source.tokens, source.tokenizer,
+        source.path.parent if is_file else source.path,
     )  # fmt: skip
 
 
-def _open_ours(step: stored.StoredStep) -> _Opened:
-    config = step.meta["config"]
-    cfg = parse(ModelConfig, config["model"], location=str(step.path))
+def _open_ours(step: stored.StoredStep) -> Opened:
+    config, path = step.meta["config"], pathlib.Path(step.path)
+    cfg = parse(ModelConfig, config["model"], location=str(path))
     step.check_fit(params=names.unflatten(names.structs(cfg)))
 
     def parts() -> Iterator[tuple[names.Part, np.ndarray]]:
         with stored.readable_errors("read the parameters", step.path):
             yield from store.ParamStore(step.path).stream(cfg)
 
-    folders = [step.path.name, *(p.name for p in step.path.parents)]
-    name = next(
-        (
-            n
-            for n in folders
-            if n != "checkpoints" and not stored.STEP_NAME.fullmatch(n)
-        ),
-        step.path.name,
+    named = (  # runs/NAME/checkpoints/00000100
+        p.name
+        for p in (path, *path.parents)
+        if p.name != "checkpoints" and not stored.STEP_NAME.fullmatch(p.name)
     )
-    return _Opened(
-        pathlib.Path(step.path), name, cfg, parts(), step.meta.get("tokens") or {},
-        pathlib.Path(step.path) / "tokenizer", config.get("data"),
+    folder = path / stored.TOKENIZER
+    files = sorted(folder.iterdir()) if folder.is_dir() else []
+    return Opened(
+        "mpt_jax", path, next(named), cfg, parts(), step.meta.get("tokens") or {},
+        files, folder, config.get("data"),
     )  # fmt: skip
 
 
-def _tokenizer(opened: _Opened, name: str | None) -> tuple[Tokenizer | None, str]:
+def _tokenizer(opened: Opened, name: str | None) -> tuple[Tokenizer | None, str]:
     """The tokenizer, or why there is none."""
     if name is not None:
         return tokenizers.load(name), ""
-    for file in ("tokenizer.json", "tokenizer.model"):
-        if (opened.folder / file).is_file():
-            return tokenizers.load(str(opened.folder / file)), ""
+    files = {file.name: file for file in opened.tokenizer}
+    if file := files.get("tokenizer.json") or files.get("tokenizer.model"):
+        return tokenizers.load(str(file)), ""
     if opened.data is None:
         return None, f"{opened.path}: no tokenizer in {opened.folder}"
     data = parse(DataConfig, opened.data, location=f"{opened.path}: data")
@@ -318,6 +329,29 @@ def _place(
             layer.clear()
     params = pack({**names.unflatten(rest), "blocks": ()})
     return {**params, "blocks": tuple(trees)}
+
+
+def _check_split(cfg: ModelConfig, mesh: Mesh | None) -> None:
+    """Raises: UserError: every dim that the mesh does not divide."""
+    axes, problems = names.flatten(mpt.param_axes(cfg)), {}
+    for path, struct in names.structs(cfg).items() if mesh is not None else ():
+        try:
+            partitioning.sharding(mesh, axes[path], struct.shape)
+        except InternalError as error:
+            problems[error.message] = None  # each once, in order
+    if problems:
+        shape = ", ".join(f"{axis}={n}" for axis, n in mesh.shape.items())
+        raise UserError(f"--mesh: {shape}: " + "; ".join(problems))
+
+
+def _mesh(axes: str) -> Mesh:
+    pairs = [part.partition("=") for part in axes.split(",")]
+    try:
+        sizes = {axis.strip(): int(size) for axis, _, size in pairs}
+    except ValueError:
+        message = f"--mesh: got {axes!r}, expected AXIS=N, as in tensor=4"
+        raise UserError(message) from None
+    return partitioning.make_mesh(parse(MeshConfig, sizes, location="--mesh"))
 
 
 def _on(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:

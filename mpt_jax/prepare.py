@@ -97,7 +97,7 @@ def prepare(
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "apache_beam":
             raise
-        message = "needs Apache Beam: pip install 'mpt_jax[beam]'"
+        message = "needs Apache Beam: pip install -e '.[beam]'"
         raise UserError(message) from None
     from mpt_jax.data import preparing, tasks, vocab
 

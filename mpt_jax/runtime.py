@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from mpt_jax.errors import ConfigError
 
 if TYPE_CHECKING:
+    from jax._src.clusters import ClusterEnv
     from jax.sharding import Mesh
 
 # XLA options of the training step by platform of its mesh; others take the defaults.
@@ -120,7 +121,8 @@ def find_cluster(
     Open MPI. One process of one is alone whoever says so: nothing is started for it.
 
     Args: seconds: until the scheduler must have given process 0's host a name.
-    Raises: ConfigError: some of the three are missing, or impossible.
+    Raises: ConfigError: some of the three are missing, or impossible, or a scheduler
+      does not tell them.
     """
     given = {
         name: flags.get(name) or os.environ.get(variable)
@@ -154,6 +156,15 @@ def _scheduled(seconds: float) -> Cluster | None:
             break
     else:
         return None
+    try:
+        return _told_by(kind, seconds)
+    except (KeyError, RuntimeError, ValueError) as error:
+        flags = " ".join(f"--{name}" for name in VARIABLES)
+        problem = f"{type(error).__name__}: {error}; say it with {flags}"
+        raise ConfigError([problem], location=f"scheduler {kind.name}") from None
+
+
+def _told_by(kind: type[ClusterEnv], seconds: float) -> Cluster | None:
     if (processes := kind.get_process_count()) == 1:
         return None
     port = os.environ.get("JAX_COORDINATOR_PORT")

@@ -71,6 +71,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=("float32", "bfloat16"), help="default bfloat16, on CPUs "
         "float32")  # fmt: skip
     add("--int8", action="store_true", help="weights as int8: half the memory of bf16")
+    add("--mesh", metavar="AXES", help="over several devices, such as tensor=4 or "
+        "fsdp=2,tensor=2")  # fmt: skip
     add("--slots", type=int, default=32, metavar="N", help="requests at a time (32)")
     add("--capacity", type=int, metavar="TOKENS", help="of prompt and answer together; "
         "default the model's max_seq_len")  # fmt: skip
@@ -143,8 +145,9 @@ def make_service(flags: argparse.Namespace, key: str | None) -> tuple[Service, s
     from mpt_jax.serving.protocol import Rules
 
     loaded = loading.load(
-        flags.checkpoint, dtype=flags.dtype, int8=flags.int8, tokenizer=flags.tokenizer
-    )
+        flags.checkpoint, dtype=flags.dtype, int8=flags.int8, mesh=flags.mesh,
+        tokenizer=flags.tokenizer,
+    )  # fmt: skip
     tokenizer = loaded.need_tokenizer()
     template, no_chat = choose_template(flags.template, loaded)
     engine = loaded.engine(n_slots=flags.slots, capacity=flags.capacity)

@@ -13,7 +13,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,6 +34,14 @@ class Tokenizer(Protocol):
     @property
     def fingerprint(self) -> str:
         """Equal for two tokenizers only if they give the same ids."""
+        ...
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        """name -> content: what load() makes this tokenizer of again, in a folder.
+
+        Empty for bytes, which need none.
+        """
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -69,6 +77,7 @@ class ByteTokenizer:
     vocab_size = 257
     eos_id = 256
     fingerprint = "bytes"
+    files: Mapping[str, bytes] = {}
 
     def encode(self, text: str) -> list[int]:
         return list(_utf8(text))
@@ -103,6 +112,7 @@ class SentencePieceTokenizer:
         self.model = model
         self.eos_id: int = self._processor.eos_id()
         self.fingerprint = hashlib.sha256(model).hexdigest()
+        self.files = {"tokenizer.model": model}
         if self.eos_id < 0:
             message = "this SentencePiece model has no EOS; train one with --eos_id"
             raise DataError(message, location=location)
@@ -165,6 +175,14 @@ class HuggingFaceTokenizer:
         self.eos_id: int = ids[known[0]]
         kind = b"+chatml" if chatml else b""
         self.fingerprint = hashlib.sha256(content + kind).hexdigest()
+
+    @property
+    def files(self) -> Mapping[str, bytes]:
+        eos = {"eos_token": self._library.id_to_token(self.eos_id)}
+        return {
+            "tokenizer.json": self._library.to_str().encode(),
+            "tokenizer_config.json": json.dumps(eos).encode(),
+        }
 
     def encode(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]

@@ -383,6 +383,7 @@ class Run:
         part = self.source.part
         writes = self.first if part == (0, 1) else self.share.first
         stored = self.program.to_stored(self.state._asdict(), on_host=True)
+        tokenizer = self.tokenizer  # None for synthetic tokens
         self.checkpoints.save(
             self.step,
             params=stored.pop("params"),
@@ -394,7 +395,9 @@ class Run:
                 "detector": self.detector.state_dict(),
                 "rollbacks": self.rollbacks,
                 "goodput": self.goodput.state(),
+                "tokens": {"eos_token_id": tokenizer.eos_id} if tokenizer else {},
             },
+            tokenizer=tokenizer.files if tokenizer else {},
             wait=wait,
         )
 
@@ -457,9 +460,14 @@ class Run:
         with self.meter.pause(), self.goodput.spend(kind), self.watchdog.pause(kind):
             yield
 
-    def _compiling(self) -> contextlib.AbstractContextManager[None]:
-        warm = contextlib.nullcontext()
-        return warm if self.warm else self.watchdog.pause("compiling")
+    @contextlib.contextmanager
+    def _compiling(self) -> Iterator[None]:
+        """Around a dispatch, which compiles the step the first time."""
+        if self.warm:
+            yield
+        else:
+            with self.goodput.spend("compile"), self.watchdog.pause("compiling"):
+                yield
 
     def _logs(self, step: int) -> bool:
         every = self.config.log.every_steps

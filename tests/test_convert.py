@@ -98,9 +98,11 @@ def test_what_a_trainer_saved_is_converted(tmp_path):
     run = tmp_path / "run"
     with Checkpoints(run, CheckpointConfig()) as checkpoints:
         state = {"opt_state": {"n": np.zeros(1)}, "data": b"", "meta": meta}
+        state["tokenizer"] = {"tokenizer.model": b"its model"}
         checkpoints.save(7, params=params, **state, wait=True)
     convert_to(run, tmp_path / "out", format="mosaicml")
     assert_bitwise_equal(collect(tmp_path / "out")[1], tree)
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == b"its model"
 
 
 def test_a_flipped_bit_in_our_checkpoint_is_refused(tmp_path):

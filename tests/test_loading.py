@@ -11,7 +11,7 @@ import tokenizers
 from mpt_jax import loading, partitioning
 from mpt_jax.config import DataConfig, MeshConfig
 from mpt_jax.convert import convert_from
-from mpt_jax.errors import CheckpointError, DataError, UserError
+from mpt_jax.errors import CheckpointError, ConfigError, DataError, UserError
 from mpt_jax.generation import memory
 from mpt_jax.generation.sampling import Sampling
 from mpt_jax.interop import configs, names
@@ -81,6 +81,18 @@ def test_a_mesh_holds_a_part_each_and_says_the_same(made, mesh):
     assert [c.ids for c in done] == [greedy(cfg, params, p) for p in PROMPTS]
 
 
+def test_a_mesh_can_be_written_as_text(made):
+    loaded = loading.load(made[1], mesh="fsdp=4, tensor=2")
+    up = loaded.params["blocks"][0]["ffn"]["up_proj"]["weight"]
+    assert up.addressable_shards[0].data.size == up.size // 8
+    with pytest.raises(UserError, match=r"--mesh: got 'tensor', expected AXIS=N"):
+        loading.load(made[1], mesh="tensor")
+    with pytest.raises(ConfigError, match="tensr"):
+        loading.load(made[1], mesh="tensr=2")
+    with pytest.raises(UserError, match=r"tensor=8.*heads of size 4 does not split"):
+        loading.load(made[1], mesh="tensor=8")
+
+
 def test_int8_is_the_rounding_of_every_layer(made):
     _, ours, _, params = made
     got = loading.load(ours, int8=True).params
@@ -104,7 +116,7 @@ def test_dtype_of_parameters_and_arithmetic(made, tmp_path, monkeypatch):
 
 
 def checkpoint(root, made, **data):
-    """As the trainer writes it: the newest step of a run."""
+    """As the trainer writes it, without a tokenizer: the newest step of a run."""
     _, ours, cfg, _ = made
     step = root / "runs" / "mine" / "checkpoints" / "00000012"
     step.parent.mkdir(parents=True)

@@ -51,12 +51,30 @@ SLURM = {
 }
 
 
+OPEN_MPI = {
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,10.148.0.1:34911",
+    "OMPI_VERSION": "4.1.6",
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+TPU_PODS = {  # the second of two slices, and of its three hosts the last
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "host-3,host-4,host-5",
+    "TPU_WORKER_ID": "2",
+    "MEGASCALE_COORDINATOR_ADDRESS": "127.0.0.1:8080",
+    "MEGASCALE_NUM_SLICES": "2",
+    "MEGASCALE_SLICE_ID": "1",
+}
+ON_TPU = "jax._src.clusters.cloud_tpu_cluster.running_in_cloud_tpu_vm"
+
+
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     """No scheduler and no variables, whatever the machine of the tests is."""
-    for name in (*SLURM, *runtime.VARIABLES.values(), "OMPI_MCA_orte_hnp_uri"):
+    for name in (*SLURM, *OPEN_MPI, *TPU_PODS, *runtime.VARIABLES.values()):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("jax._src.cloud_tpu_init.running_in_cloud_tpu_vm", False)
+    monkeypatch.setattr(ON_TPU, False)
 
 
 def flags(coordinator=None, processes=None, process=None):
@@ -91,6 +109,36 @@ def test_slurm_says_it_all(monkeypatch):
     assert runtime.find_cluster({}) is None
 
 
+def test_open_mpi_says_it_all(monkeypatch):
+    for name, value in OPEN_MPI.items():
+        monkeypatch.setenv(name, value)
+    found = runtime.find_cluster({})
+    host, port = found.address
+    assert (host, found.processes, found.process) == ("10.96.0.1", 2, 1)
+    assert 61440 <= port < 65536
+    assert found.local_devices == (1,)
+
+
+def test_tpu_pods_of_several_slices_say_it_all(monkeypatch):
+    for name, value in TPU_PODS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(ON_TPU, True)
+    found = runtime.find_cluster({})
+    assert (found.address[0], found.processes, found.process) == ("127.0.0.1", 6, 5)
+    assert found.local_devices is None  # all chips of the host
+
+
+def test_a_scheduler_that_does_not_say_it_is_named(monkeypatch):
+    for name, value in OPEN_MPI.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("OMPI_COMM_WORLD_RANK")
+    with pytest.raises(ConfigError) as caught:
+        runtime.find_cluster({})
+    error = str(caught.value)
+    assert error.startswith("scheduler ompi: KeyError: 'OMPI_COMM_WORLD_RANK'; say it")
+    assert error.endswith("with --coordinator --processes --process")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -122,3 +170,20 @@ def test_half_a_cluster_is_refused(given, message):
 def test_only_this_machine_is_loopback(coordinator, address, loopback):
     cluster = runtime.Cluster(coordinator, 2, 0)
     assert (cluster.address, cluster.loopback) == (address, loopback)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "bound"),
+    [("127.0.0.1:80", "127.0.0.1:80"), ("[::1]:80", "[::1]:80"), ("node-1:80", None)],
+)
+def test_jax_listens_no_wider_than_it_must(monkeypatch, coordinator, bound):
+    """What it does without a word: on every interface, also for 127.0.0.1."""
+    told = {}
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *_, **k: told.update(k))
+    preemption = jax.config.jax_enable_preemption_service
+    try:
+        runtime.connect(runtime.Cluster(coordinator, 2, 0))
+        assert told["coordinator_bind_address"] == bound
+        assert not jax.config.jax_enable_preemption_service
+    finally:
+        jax.config.update("jax_enable_preemption_service", preemption)

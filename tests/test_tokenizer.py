@@ -174,6 +174,26 @@ def test_a_tokenizer_can_be_sent_to_a_worker(kind, request):
     assert copy.fingerprint == original.fingerprint
 
 
+@pytest.mark.parametrize("kind", ["neox", "chatml", "sentencepiece"])
+def test_its_files_make_it_again(kind, request, neox_json, tmp_path):
+    if kind == "chatml":
+        keys = {"eos": "<|padding|>", "chatml": True}
+        original = tokenizer.HuggingFaceTokenizer(neox_json, **keys)
+        special = "a<|im_start|>b"
+        assert original.encode_special(special) != original.encode(special)
+    else:
+        original, special = request.getfixturevalue(kind), ""
+    for name, content in original.files.items():
+        (tmp_path / name).write_bytes(content)
+    copy = tokenizer.load(str(tmp_path / next(iter(original.files))))
+    assert (copy.vocab_size, copy.eos_id) == (original.vocab_size, original.eos_id)
+    assert copy.encode(SOURCE) == original.encode(SOURCE)
+    assert copy.decode(copy.encode(SOURCE)) == original.decode(copy.encode(SOURCE))
+    if special:
+        assert copy.encode_special(special) == original.encode_special(special)
+        assert copy.encode(special) == original.encode(special)
+
+
 def test_load_knows_files_folders_and_the_hub(tmp_path, neox_json, monkeypatch):
     (tmp_path / "tokenizer.json").write_bytes(neox_json)
     asked = []

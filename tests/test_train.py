@@ -6,11 +6,13 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
-from mpt_jax import train
+from mpt_jax import loading, train
 from mpt_jax.data.synthetic import SyntheticSource
 from mpt_jax.training.writers import read_metrics
+from tests.test_loading import letters
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = """
@@ -84,7 +86,7 @@ def test_where_the_time_went_is_known_over_restarts(config_file, tmp_path, capsy
     assert "1 restarts: startup" in capsys.readouterr().err
     second = json.loads((workdir / "goodput.json").read_text())
     assert (first["restarts"], second["restarts"]) == (0, 1)
-    for kind in ("productive", "startup", "checkpoint"):
+    for kind in ("productive", "startup", "compile", "checkpoint"):
         assert second["seconds"][kind] > first["seconds"][kind]
     records = list(read_metrics(workdir / "metrics.jsonl"))
     assert all(0 < r["goodput"] < 1 for r in records[1:] if "loss" in r)
@@ -123,10 +125,50 @@ def test_what_was_read_is_counted_only_where_it_is_written(
     assert asked == [1, 3, 6]
 
 
+@pytest.fixture
+def keep_all():
+    """JAX keeps what took a second to compile; here, all."""
+    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    yield
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+
+
+def test_the_next_start_finds_every_program(config_file, tmp_path, keep_all):
+    knobs = {
+        "compilation_cache": tmp_path / "compiled", "steps": 1, "eval.batches": 0,
+        "log.plot": False, "log.tensorboard": False,
+    }  # fmt: skip
+    short = [f"--config.{knob}={value}" for knob, value in knobs.items()]
+    assert run(config_file, tmp_path / "first", *short) == 0
+    programs = {path.name for path in tmp_path.glob("compiled/*-cache")}
+    assert any(name.startswith("jit_step-") for name in programs)
+    assert run(config_file, tmp_path / "second", *short) == 0
+    assert {path.name for path in tmp_path.glob("compiled/*-cache")} == programs
+
+
 @pytest.mark.slow  # the profiler starts and stops in seconds
 def test_steps_are_traced(config_file, tmp_path):
     assert run(config_file, tmp_path / "w", "--profile=2:3") == 0
     assert list((tmp_path / "w" / "profile").rglob("*.xplane.pb"))
+
+
+@pytest.mark.slow  # reads text through SeqIO
+def test_a_run_can_be_used_where_its_data_is_not(config_file, tmp_path):
+    """Its checkpoint has the tokenizer and the id that ends a text."""
+    (tmp_path / "t.json").write_text(letters())
+    (tmp_path / "a.jsonl").write_text('{"text": "ABACADABRA"}\n' * 50)
+    data = {"source": "seqio", "tasks": f"('jsonl:{tmp_path}/a.jsonl',)",
+            "tokenizer": f"{tmp_path}/t.json"}  # fmt: skip
+    flags = [f"--config.data.{name}={value}" for name, value in data.items()]
+    more = ["--config.steps=1", "--config.eval.batches=0"]
+    assert run(config_file, tmp_path / "w", *flags, *more) == 0
+    for name in ("t.json", "a.jsonl"):
+        (tmp_path / name).unlink()
+    loaded = loading.load(tmp_path / "w")
+    assert loaded.need_tokenizer().encode("ABBA") == [1, 2, 2, 1]
+    opened = loading.open_checkpoint(tmp_path / "w")
+    assert (loaded.eos_ids, opened.tokens) == ((0,), {"eos_token_id": 0})
 
 
 def test_a_finished_run_has_nothing_to_do(config_file, tmp_path, capsys):

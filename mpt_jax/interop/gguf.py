@@ -27,7 +27,7 @@ def library() -> Any:
     try:
         import gguf
     except ModuleNotFoundError:
-        raise UserError("needs the gguf library: pip install 'mpt_jax[gguf]'") from None
+        raise UserError("needs the gguf library: pip install -e '.[gguf]'") from None
     return gguf
 
 

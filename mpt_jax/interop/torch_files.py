@@ -69,7 +69,7 @@ def _import_torch() -> Any:
     try:
         import torch
     except ModuleNotFoundError:
-        message = "a torch pickle needs torch: pip install 'mpt_jax[hf]'"
+        message = "a torch pickle needs torch: pip install -e '.[hf]'"
         raise UserError(message) from None
     version = tuple(int(n) for n in re.findall(r"\d+", torch.__version__)[:2])
     if version < MIN_TORCH:

@@ -145,6 +145,7 @@ class Checkpoints:
         opt_state: Any,
         data: bytes | None,
         meta: Mapping[str, Any],
+        tokenizer: Mapping[str, bytes] | None = None,
         part: tuple[int, int] = (0, 1),
         wait: bool = False,
     ) -> None:
@@ -159,6 +160,7 @@ class Checkpoints:
             that read the same part of the data.
           part: (index, count) of that part.
           meta: JSON-able, the same on every process.
+          tokenizer: its files, which travel along.
           wait: return only when the step is finished.
         Raises:
           CheckpointError: of the previous save, or there is no room for this one.
@@ -189,6 +191,9 @@ class Checkpoints:
                 response.result()
                 if self._primary:
                     (target / disk.META).write_text(meta_json)
+                    (target / disk.TOKENIZER).mkdir()
+                    for name, content in (tokenizer or {}).items():
+                        (target / disk.TOKENIZER / name).write_bytes(content)
                     disk.write_manifest(target, step=step, arrays=arrays)
                     self._commit(target, step)
 

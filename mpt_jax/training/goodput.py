@@ -11,17 +11,20 @@ from typing import Any
 
 from mpt_jax import durable
 
-KINDS = ("productive", "startup", "data", "checkpoint", "evaluation", "lost")
+KINDS = (
+    "productive", "startup", "compile", "data", "checkpoint", "evaluation", "lost",
+)  # fmt: skip
 
 
 class Goodput:
     """Seconds of a run by what they were spent on.
 
-    startup: until the first step is done, compilation included. data: the host waited
-    for a batch. checkpoint: the loop waited for a save. lost: from the last save of a
-    run that ended without one to the start that resumed from it: the steps done again,
-    and the time without a trainer. productive: the rest. A checkpoint carries the sums
-    up to it, so that they are always those of the steps that count.
+    startup: until the first step is done, but for its compile. data: the host waited
+    for a batch. checkpoint: the loop waited for a save. evaluation: with its compile.
+    lost: from the last save of a run that ended without one to the start that resumed
+    from it: the steps done again, and the time without a trainer. productive: the rest.
+    A checkpoint carries the sums up to it, so that they are always those of the steps
+    that count.
     """
 
     def __init__(self, clock: Callable[[], float] = time.time):

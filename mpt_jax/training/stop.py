@@ -20,8 +20,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class Stop:
     """Notes the first signal for the loop; a context manager, of the main thread only.
 
-    Before armed() there is nothing to save: the process ends at once, with 0. A second
-    signal ends it, too, with 128 and its number, whatever it is doing.
+    Before armed() there is nothing to save: the process ends at once, with 0. A SIGINT
+    after the first signal ends it, too, with 130, whatever it is doing: someone waits
+    at a terminal. A SIGTERM does not: a machine that shuts down sends it to a trainer
+    and to its supervisor, which passes it on, so that two are one.
 
     Args: early: told the signal's name before such an end.
     """
@@ -68,7 +70,9 @@ class Stop:
 
     def _note(self, number: int) -> None:
         if self.signal:
-            self._die(128 + number)
+            if number == signal.SIGINT:
+                self._die(128 + number)
+            return
         self.signal = number
         if not self._armed:
             self._early(self.name)

@@ -41,6 +41,7 @@ from mpt_jax.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 MANIFEST, META = "MANIFEST.json", "meta.json"
+TOKENIZER = "tokenizer"  # the folder of its files; empty where there are none
 STEP_NAME = re.compile(r"\d{8,}")
 HASH_THREADS = 4  # crc32 runs at 4 GB/s per core, past what most disks deliver
 

@@ -1,10 +1,10 @@
 """Runs small enough to be broken many times; ``config.py:steady`` is one of them.
 
 tiny     24 steps of 5 ms, 0.4 MB a checkpoint: starts in 3 s of CPU time
-steady   24 steps of 50 ms: long enough to be hit between two of them
+steady   36 steps of 50 ms: long enough to be hit between two of them
 heavy    16 steps, 100 MB a checkpoint: a save lasts 1 s
-text     like steady, on real text through SeqIO
-stored   like steady, on prepared data; harness.Lab says where it is
+text     24 such steps, on real text through SeqIO
+stored   24 such steps, on prepared data; harness.Lab says where it is
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from mpt_jax import presets
 # d_model, vocab_size, seq_len, global_batch_size, steps, checkpoint.every_steps
 SIZES = {
     "tiny": (32, 64, 16, 8, 24, 6),
-    "steady": (64, 256, 256, 16, 24, 12),
+    "steady": (64, 256, 256, 16, 36, 12),
     "heavy": (256, 32768, 8, 4, 16, 4),
     "text": (64, 2048, 128, 16, 24, 12),
     "stored": (64, 257, 128, 16, 24, 12),

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import ipaddress
 import os
 import pathlib
+import random
 import shutil
 import signal
 import socket
@@ -30,6 +32,7 @@ ROOT = HERE.parents[1]
 TRAIN = ("-m", "mpt_jax.train")
 SPOILED = (str(HERE / "spoiled.py"),)
 TIMEOUT = 300.0  # seconds: only a broken trainer is waited for so long
+LISTEN = "0A"  # a state in /proc/net/tcp
 POLL = 0.002  # seconds: a tenth of the shortest thing that is waited for
 
 
@@ -112,8 +115,30 @@ class Trainer:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """Below those that connections are given: one of them may take such a port."""
+    while True:
+        port = random.randrange(10_000, 30_000)
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", port)),
+        ):
+            return port
+
+
+def listening(pid: int) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+    """The addresses at which a process takes connections; Linux only."""
+    process, sockets, found = pathlib.Path(f"/proc/{pid}"), set(), []
+    for descriptor in (process / "fd").iterdir():
+        with contextlib.suppress(OSError):  # closed meanwhile
+            sockets.add(os.readlink(descriptor))
+    for table in ("tcp", "tcp6"):
+        for line in (process / "net" / table).read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == LISTEN and f"socket:[{fields[9]}]" in sockets:
+                words = bytes.fromhex(fields[1].partition(":")[0])
+                packed = [words[i : i + 4][::-1] for i in range(0, len(words), 4)]
+                found.append(ipaddress.ip_address(b"".join(packed)))
+    return [getattr(address, "ipv4_mapped", None) or address for address in found]
 
 
 class Lab:

@@ -125,20 +125,26 @@ def _(lab, reference):
 def kill_between(lab, reference, *, name, kind):
     trainer = lab.start(name, kind)
     workdir = trainer.workdir
-    trainer.until(lambda: steps(workdir) and not unfinished(workdir), "a save")
-    trainer.until(lambda: last_step(workdir) >= 14, "two steps more")
+
+    def between():
+        saved = max(steps(workdir), default=99)
+        return last_step(workdir) >= saved + 2 and not unfinished(workdir)
+
+    trainer.until(between, "two steps after a save")
     detail = recover(lab, kind, trainer, reference)
-    assert (detail["save"], detail["resumed_from"]) == ("finished", 12)
+    assert detail["save"] == "finished"
     assert detail["steps_lost"] >= 2
     return detail
 
 
-@fault("F06", "10 SIGKILLs at random times while saving every step", "tiny")
+@fault("F06", "10 SIGKILLs at random times while saving every step", "tiny",
+       flags=("steps=60",))  # fmt: skip
 def _(lab, reference):
-    rng, every = random.Random(6), "checkpoint.every_steps=1"
+    """60: a fast disk takes several saves between a start and its kill."""
+    rng, every = random.Random(6), ("checkpoint.every_steps=1", "steps=60")
     workdir, newest, left = lab.root / "F06", 0, 0
     for _ in range(10):
-        trainer = lab.start("F06", "tiny", every)
+        trainer = lab.start("F06", "tiny", *every)
         # A leftover of the last kill is not yet a save of this one.
         trainer.until(functools.partial(resumed, trainer, newest), "resuming")
         trainer.until(lambda: unfinished(workdir), "a save")
@@ -150,7 +156,7 @@ def _(lab, reference):
         before, newest = newest, max(steps(workdir), default=0)
         assert newest >= before
         left += bool(unfinished(workdir))
-    lab.run("F06", "tiny", every)
+    lab.run("F06", "tiny", *every)
     return {
         "kills": 10,
         "kills_that_left_an_unfinished_save": left,
@@ -177,9 +183,12 @@ def _(lab, reference):
     return found | {"SIGTERM before a step is recorded": interrupt_unrecorded(lab)}
 
 
+NO_SAVE = "checkpoint.every_steps=99"  # is due: that there is one is the signal's doing
+
+
 def interrupt(lab, reference, number):
     name = f"F07-{number.name}"
-    trainer = lab.start(name, "steady")
+    trainer = lab.start(name, "steady", NO_SAVE)
     workdir = trainer.workdir
     trainer.until(lambda: last_step(workdir) >= 4, "step 4")
     began = time.monotonic()
@@ -187,7 +196,7 @@ def interrupt(lab, reference, number):
     said = trainer.finish(errors.EXIT_OK)
     seconds = time.monotonic() - began
     saved = last_step(workdir)
-    assert saved < 12, "no save was due yet"
+    assert saved < last_step(reference), "too late: it has finished"
     assert (steps(workdir), unfinished(workdir)) == ([saved], [])
     assert f"{number.name}: saved step {saved}" in said
     assert seconds < PREEMPTION_SECONDS * harness.patience()

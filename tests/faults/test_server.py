@@ -58,7 +58,10 @@ class Running:
             found.extend(line for line in answer.iter_lines() if line)
 
     def streams(self, prompts, n=LONG):
-        """(threads, their lists), once all are taken and one has its first tokens."""
+        """(threads, their lists), once all are taken and one has its first tokens.
+
+        One that waits for a slot has no status yet: the server itself is asked.
+        """
         lists = [[] for _ in prompts]
         threads = [
             threading.Thread(target=self.stream, args=(p, found, n))
@@ -66,9 +69,18 @@ class Running:
         ]
         for thread in threads:
             thread.start()
-        self.process.until(
-            lambda: all(lists) and any(len(found) > 3 for found in lists), "a token"
-        )
+
+        def taken():
+            text = self.get("/metrics").text
+            busy, waiting = (
+                float(re.search(rf"^{name} (\S+)$", text, re.MULTILINE)[1])
+                for name in ("mpt_slots_busy", "mpt_queue")
+            )
+            done = sum(found[-1:] == ["data: [DONE]"] for found in lists)
+            return busy + waiting + done >= len(lists)
+
+        self.process.until(taken, "all requests")
+        self.process.until(lambda: any(len(f) > 3 for f in lists), "a token")
         return threads, lists
 
 

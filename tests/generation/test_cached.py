@@ -20,7 +20,9 @@ BASE = {
 GQA = {"attn_config.attn_type": "grouped_query_attention", "attn_config.kv_n_heads": 2}
 VARIANTS = {
     "alibi": {},
-    "storywriter": {"attn_config.alibi_bias_max": 16, "attn_config.clip_qkv": 0.7},
+    # Past max_seq_len from the middle of the prompt on.
+    "storywriter": {"attn_config.alibi_bias_max": 16, "attn_config.clip_qkv": 0.7,
+                    "max_seq_len": 12},
     "learned": {"attn_config.alibi": False},
     "no_positions": {"attn_config.alibi": False, "learned_pos_emb": False},
     "grouped": GQA,

@@ -49,11 +49,16 @@ def logprob(id: int, top: int) -> TokenLogprob:
 
 
 class FakeEngine:
-    """As mpt_jax.generation.engine.Engine. seconds: what a step takes."""
+    """As mpt_jax.generation.engine.Engine.
+
+    seconds: what a step takes. go: a step waits for it.
+    """
 
     def __init__(self, *, n_slots: int = 4, seconds: float = 0.0):
         self.n_slots, self.capacity, self.seconds = n_slots, CONTEXT, seconds
         self.counters = Counters()
+        self.go = threading.Event()
+        self.go.set()
         self.most_running = 0
         self._waiting: collections.deque[Request] = collections.deque()
         self._running: dict[str, tuple[Request, list[int]]] = {}
@@ -81,6 +86,7 @@ class FakeEngine:
         return len(self._running)
 
     def step(self) -> list[Event]:
+        self.go.wait()
         if self.seconds:
             time.sleep(self.seconds)
         events, self._told = self._told, []

@@ -273,7 +273,7 @@ def test_a_poisoned_request_fails_alone(service, stream):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_dead_engine_ends_all(caplog):
-    service = fake.service(fake.FakeEngine(seconds=0.01))
+    service = fake.service(fake.FakeEngine(seconds=0.05))
 
     async def work(client):
         both = complete(client, "hello", max_tokens=200), complete(client, "~")
@@ -296,11 +296,18 @@ def test_a_dead_engine_ends_all(caplog):
 
 
 def test_more_than_the_queue_holds_is_refused_at_once():
-    service = fake.service(fake.FakeEngine(n_slots=2, seconds=0.01), max_queue=3)
+    engine = fake.FakeEngine(n_slots=2)
+    service = fake.service(engine, max_queue=3)
+    engine.go.clear()  # nothing is answered before the last has asked
 
     async def work(client):
-        all = [complete(client, "x", max_tokens=30) for _ in range(9)]
-        return await asyncio.gather(*all, return_exceptions=True)
+        asked = [complete(client, "x", max_tokens=30) for _ in range(9)]
+        tasks = list(map(asyncio.ensure_future, asked))
+        async with asyncio.timeout(60):
+            while sum(task.done() for task in tasks) < 4:
+                await asyncio.sleep(0.01)
+        engine.go.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
 
     found = asking(service, work)
     refused = [e for e in found if isinstance(e, openai.RateLimitError)]
@@ -308,7 +315,7 @@ def test_more_than_the_queue_holds_is_refused_at_once():
     assert all(e.response.headers["retry-after"] == "1" for e in refused)
     served = [f for f in found if not isinstance(f, Exception)]
     assert [f.choices[0].text for f in served] == [answer("x", 30)] * 5
-    assert service.worker.engine.most_running == 2
+    assert engine.most_running == 2
     assert fake.settled(service)
     service.worker.stop()
 

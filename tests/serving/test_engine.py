@@ -61,8 +61,8 @@ def test_greedy_texts_do_not_depend_on_who_else_asks(url, seed):
         return [one.choices[0].text for one in found]
 
     async def late(client, prompt):
-        await asyncio.sleep(rng.random() * 0.2)
-        kind = rng.randrange(3)
+        kind, wait = rng.randrange(3), rng.random() * 0.2
+        await asyncio.sleep(wait)
         if kind == 0:
             return (await complete(client, prompt)).choices[0].text
         texts = []

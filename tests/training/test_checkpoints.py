@@ -24,7 +24,7 @@ from mpt_jax.errors import CheckpointError
 from mpt_jax.training import stored
 from mpt_jax.training.checkpoints import Checkpoints, open_checkpoint, restore_params
 
-PROMPTLY_SECONDS = 1.0  # a refusal must not wait for a time-out
+PROMPTLY_SECONDS = 10.0  # a refusal must not wait for a time-out, of minutes
 KEEP_ALL = CheckpointConfig(keep=100)
 
 

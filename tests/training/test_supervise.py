@@ -1,6 +1,7 @@
 import itertools
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -256,12 +257,16 @@ def test_imports_no_jax_and_starts_in_time():
     code = f"import sys, {module}; print({{'jax', 'rich'}} & {{*sys.modules}})"
     times = []
     for _ in range(3):
-        begin = time.monotonic()
+        begin = cpu_seconds()
         out = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True
         )
-        times.append(time.monotonic() - begin)
+        times.append(cpu_seconds() - begin)
         assert out.stdout == "set()\n"
-    assert (
-        min(times) < 0.3
-    )  # a promise of the verb; the minimum, since machines are shared
+    # A promise of the verb. Not by the clock, since machines are shared.
+    assert 0 < min(times) < 0.3
+
+
+def cpu_seconds():
+    """Of all children that have ended."""
+    return sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
