@@ -11,7 +11,7 @@ its workers see:
     --beam "--runner=FlinkRunner --flink_master=HOST:8081"
     --beam "--direct_num_workers=8 --direct_running_mode=multi_processing"
 
-Needs the beam extra: pip install mpt_jax[beam]. Reading what it wrote does not.
+Needs the beam extra: pip install -e .[beam]. Reading what it wrote does not.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ RINGS = {
     "partitioning": 1, "runtime": 1, "durable": 1, "tokenizer": 1, "kernels": 1,
     "models": 2, "objectives": 2, "optim": 2,
     "data": 3, "training": 3, "generation": 3, "interop": 3,
-    "eval": 4, "planning": 4, "serving": 4, "loading": 4,
-    "train": 5, "evaluate": 5, "generate": 5, "serve": 5, "convert": 5, "prepare": 5,
+    "planning": 4, "serving": 4, "loading": 4,
+    "train": 5, "generate": 5, "serve": 5, "convert": 5, "prepare": 5,
     "plan": 5, "chat": 5, "lm_eval": 5, "bench": 5,
 }  # fmt: skip
 RING_0_MAY_IMPORT_RING_0 = {"config", "presets", "cli"}
