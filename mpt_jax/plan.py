@@ -38,17 +38,18 @@ def main(argv: Sequence[str]) -> int:
     """The verb; exits 0 whether it fits or not, for the verdict is the result."""
     parser = cli.Parser(prog="python -m mpt_jax.plan", description=__doc__)
     add = parser.add_argument
+    what = ("train", "prefill", "decode")
     add("--config", required=True, metavar="FILE.py", help="a file with get_config()")
     add("--topology", required=True, help="CHIP:SHAPE, as v5p:4x4x8 or h100:16")
     add("--mesh", default="", help="sizes, as data=1,fsdp=64,tensor=2; for mesh.*")
-    add("--what", choices=("train", "prefill", "decode"), default="train")
-    add("--slots", type=int, default=8, help="of generation: sequences at once")
-    add("--capacity", type=int, default=2048, help="of generation: tokens of a slot")
-    add("--chunk", type=int, default=512, help="of prefill: tokens read at a time")
+    add("--what", choices=what, default="train", help="which program; default train")
+    add("--slots", type=int, default=8, help="of generation: sequences at once; 8")
+    add("--capacity", type=int, default=2048, help="of generation: tokens a slot; 2048")
+    add("--chunk", type=int, default=512, help="of prefill: tokens read at a time; 512")
     add("--json", metavar="OUT.json", help="also write the plan there")
     add("--search", action="store_true", help="rank meshes, microbatches and remat")
-    add("--compile", type=int, default=3, help="with --search: how many to compile")
-    add("--estimate", action="store_true", help="by formula on TPUs, too: seconds")
+    add("--compile", type=int, default=3, help="with --search: how many to compile; 3")
+    add("--estimate", action="store_true", help="by formula for TPUs, too: seconds")
     add("--traceback", action="store_true", help="show the stack of an error")
 
     def run() -> int:
@@ -101,9 +102,13 @@ def _one(
     if problems := check_mesh(config, topology.n_devices):
         raise ConfigError(problems, location=topology.name)
     plan = search.plan(config, topology, estimate=estimate)
-    if not plan.fits and (better := search.nearest(config, plan)):
-        change = f"{search.describe(config, better)} ({better.needed / 2**30:.1f} GiB"
-        plan = dataclasses.replace(plan, advice=f"{change} by formula)")
+    if not plan.fits:
+        better = search.nearest(config, plan)
+        advice = "none of mesh, microbatches and remat; take more devices"
+        if better:
+            needed = f"{better.needed / 2**30:.1f} GiB by formula"
+            advice = f"{search.describe(config, better)} ({needed})"
+        plan = dataclasses.replace(plan, advice=advice)
     return report.table(plan), report.to_dict(plan)
 
 
@@ -128,8 +133,9 @@ def _search(
     found = search.search(config, topology, compile_best=compile_best)
     if not found:
         return "nothing fits", {"plans": []}
+    head = f"{'step >=':>11}{'MFU <=':>9}{'peak':>13}  by        flags"
     lines = [_ranked(config, plan) for plan in found[:10]]
-    text = "\n".join([*lines, "", report.table(found[0])])
+    text = "\n".join([head, *lines, "", report.table(found[0])])
     return text, {"plans": [report.to_dict(plan) for plan in found[:10]]}
 
 
@@ -137,8 +143,8 @@ def _ranked(config: TrainConfig, plan: Plan) -> str:
     from mpt_jax.planning import search
 
     return (
-        f"{plan.roofline.exposed:9.3f} s  MFU <= {plan.roofline.mfu_exposed:6.1%}  "
-        f"{plan.needed / 2**30:7.2f} GiB  {plan.figures.source:<9} "
+        f"{plan.roofline.exposed:9.3f} s{plan.roofline.mfu_exposed:9.1%}"
+        f"{plan.needed / 2**30:9.2f} GiB  {plan.figures.source:<9} "
         f"{search.describe(config, plan)}"
     )
 

@@ -22,7 +22,8 @@ class Chip:
     torus_dims, ring: how many dims of neighbours a slice has, and the number of chips
     from which a dim closes to a ring (multiples of it do). node: devices that share the
     fast network of a GPU machine. network_bandwidth: per device, out of the slice or
-    machine. config: libtpu's name of the mode where two cores are one device.
+    machine. host_bandwidth: per device, to or from its host. config: libtpu's name of
+    the mode where two cores are one device.
     """
 
     device_kind: str
@@ -31,6 +32,7 @@ class Chip:
     link_bandwidth: float
     network_bandwidth: float
     source: str
+    host_bandwidth: float = 16e9  # PCIe 3 x16: of TPUs nothing is published
     torus_dims: int = 0
     ring: int = 0
     node: int = 0
@@ -49,7 +51,10 @@ class Chip:
 
 
 _GOOGLE = "Cloud TPU docs, system architecture of {}; hbm_gib: libtpu 0.0.42.1"
-_NVIDIA = "data sheet of {}; network: {}; hbm_gib: the sheet less 1.5 for the runtime"
+_NVIDIA = (
+    "data sheet of {} (PCIe both ways); network: {}; hbm_gib: the sheet less 1.5 for "
+    "the runtime"
+)
 
 CHIPS: dict[str, Chip] = {
     # Links: the docs' bandwidth per chip over its ports, one of two directions.
@@ -72,13 +77,16 @@ CHIPS: dict[str, Chip] = {
     "a100-40": Chip(
         "NVIDIA A100-SXM4-40GB", 38.0, 1555e9, 300e9, 25e9, node=8,
         source=_NVIDIA.format("A100 SXM, NVLink 600 GB/s both ways", "200 Gbps each"),
+        host_bandwidth=32e9,
     ),
     "a100-80": Chip(
         "NVIDIA A100-SXM4-80GB", 77.7, 2039e9, 300e9, 25e9, node=8,
         source=_NVIDIA.format("A100 SXM, NVLink 600 GB/s both ways", "200 Gbps each"),
+        host_bandwidth=32e9,
     ),
     "h100": Chip(
         "NVIDIA H100 80GB HBM3", 77.7, 3350e9, 450e9, 50e9, node=8,
         source=_NVIDIA.format("H100 SXM, NVLink 900 GB/s both ways", "400 Gbps each"),
+        host_bandwidth=64e9,
     ),
 }  # fmt: skip

@@ -97,7 +97,8 @@ def _each(module: Module, mesh: Mapping[str, int]) -> Iterator[Found]:
             asynchronous = "async" in instruction.name + instruction.opcode + inner
             before = fused.get(key)
             if before is None or times < before[-1]:
-                scatter = part.opcode == "all-reduce" and "scatter" in instruction.name
+                # What a TPU sums and slices in one is called after what it does.
+                scatter = body.name.startswith("all-reduce-scatter")
                 kind = "reduce-scatter" if scatter else part.opcode
                 size = _operand_bytes(part, body)
                 fused[key] = [kind, _groups(part, n), size, asynchronous, times]

@@ -70,6 +70,8 @@ def compile_step(config: TrainConfig, mesh: Any, fabric: Fabric) -> Step:
         config.model, config.seq_len, mpt.count_params(config.model)
     )
     struct, tokens = program.struct, config.tokens_per_step
+    memory = executable.memory_analysis()
+    host = memory.host_temp_size_in_bytes
     batch = partitioning.placement(program.batch_struct(config)).device_bytes
     figures = Figures(
         source="compiled",
@@ -79,13 +81,15 @@ def compile_step(config: TrainConfig, mesh: Any, fabric: Fabric) -> Step:
             parameters=partitioning.placement(struct.params).device_bytes,
             optimizer=partitioning.placement(struct.opt_state).device_bytes,
             batch=batch,
-            peak=executable.memory_analysis().peak_memory_in_bytes,
+            peak=memory.peak_memory_in_bytes,
+            host=host,
         ),
         model_flops=tokens * flops.full,
         causal_flops=tokens * flops.causal,
         executed_flops=work.matmul_flops(traced.jaxpr.jaxpr),
         hbm_bytes=work.hbm_bytes(module),
         collectives=collectives.find(module, dict(mesh.shape)),
+        host_bytes=2 * host * config.microbatches,  # there and back
         compile_seconds=seconds,
     )
     return Step(figures, fabric, text)

@@ -12,13 +12,15 @@ from mpt_jax.planning.topology import Fabric
 @dataclasses.dataclass(frozen=True)
 class Memory:
     """Bytes of one device. peak: at the worst moment of a step, all in all;
-    temporaries: what then is neither state nor batch."""
+    temporaries: what then is neither state nor batch; host: not in the device's own
+    memory, and not in peak."""
 
     parameters: int
     optimizer: int
     batch: int
     peak: int
     cache: int = 0
+    host: int = 0
 
     @property
     def temporaries(self) -> int:
@@ -31,8 +33,8 @@ class Figures:
 
     source: "compiled" or "analytic"; tokens: of all devices; model_flops: of all
     devices by LLM Foundry's formula (the whole square of attention), causal_flops with
-    half of it, executed_flops with recomputation; hbm_bytes: of one device;
-    compile_seconds: None where nothing was compiled.
+    half of it, executed_flops with recomputation; hbm_bytes, host_bytes: what one
+    device moves; compile_seconds: None where nothing was compiled.
     """
 
     source: str
@@ -44,6 +46,7 @@ class Figures:
     executed_flops: float
     hbm_bytes: int
     collectives: tuple[Collective, ...]
+    host_bytes: int = 0
     compile_seconds: float | None = None
 
     @property
@@ -59,14 +62,15 @@ class Figures:
 class Roofline:
     """Lower bounds of a step's seconds.
 
-    compute, hbm: of one device at its peaks; network: per mesh axes, of what is sent
-    over them; overlapped: the longest of the three, all axes at once; exposed: what is
+    compute, hbm, host: of one device at its peaks; network: per mesh axes, of what is
+    sent over them; overlapped: the longest of all, all axes at once; exposed: what is
     not asynchronous in the program waits for the rest, and so do the axes for each
     other.
     """
 
     compute: float
     hbm: float
+    host: float
     network: dict[str, float]
     overlapped: float
     exposed: float
@@ -81,6 +85,7 @@ def roofline(figures: Figures, fabric: Fabric) -> Roofline:
     chip, n = fabric.chip, figures.n_devices
     compute = figures.executed_flops / n / chip.flops
     hbm = figures.hbm_bytes / chip.hbm_bandwidth
+    host = figures.host_bytes / chip.host_bandwidth
     network: dict[str, float] = {}
     waiting = 0.0
     for c in figures.collectives:
@@ -88,16 +93,17 @@ def roofline(figures: Figures, fabric: Fabric) -> Roofline:
         name = "+".join(c.axes)
         network[name] = network.get(name, 0.0) + seconds
         waiting += 0.0 if c.asynchronous else seconds
-    bounds = {"compute": compute, "HBM": hbm}
+    bounds = {"compute": compute, "HBM": hbm, "host": host}
     bounds |= {f"network ({name})": seconds for name, seconds in network.items()}
     limit = max(bounds, key=bounds.get)
     overlapped = bounds[limit]
     total = sum(network.values())
-    exposed = waiting + max(compute, hbm, total - waiting)
+    exposed = waiting + max(compute, hbm, host, total - waiting)
     at_peak = n * chip.flops
     return Roofline(
         compute=compute,
         hbm=hbm,
+        host=host,
         network=network,
         overlapped=overlapped,
         exposed=exposed,

@@ -7,11 +7,13 @@ import math
 from typing import Any
 
 from mpt_jax.config import TrainConfig
-from mpt_jax.planning.chips import GIB, Chip
+from mpt_jax.planning.chips import GIB
 from mpt_jax.planning.figures import Figures, Roofline
 from mpt_jax.planning.topology import Topology
 
 MIB = 2**20
+# Of a peak by formula (analytic.py): what the compiler rounds, pads and prefetches.
+FORMULA_ERROR = 0.1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +21,8 @@ class Plan:
     """What is known of one configuration on one topology.
 
     needed: bytes of the peak, which stands without figures where the compiler gave up;
-    advice: the nearest change that fits, in words, where this does not; detail: what
-    generation is to hold.
+    estimate: the formula's beside the compiler's; advice: the nearest change that fits,
+    in words, where this does not; detail: what generation is to hold.
     """
 
     what: str
@@ -29,6 +31,7 @@ class Plan:
     needed: int
     figures: Figures | None = None
     roofline: Roofline | None = None
+    estimate: int | None = None
     advice: str = ""
     detail: str = ""
 
@@ -41,9 +44,17 @@ class Plan:
         return self.spare_gib >= 0
 
     @property
+    def safe(self) -> bool:
+        """Fits even if the formula, where there is no more, saw too little."""
+        analytic = self.figures is not None and self.figures.source == "analytic"
+        margin = FORMULA_ERROR * self.needed if analytic else 0.0
+        return self.spare_gib * GIB >= margin
+
+    @property
     def verdict(self) -> str:
         if self.fits:
-            return f"fits, with {self.spare_gib:.2f} GiB to spare"
+            near = "" if self.safe else ", which is within the formula's error"
+            return f"fits, with {self.spare_gib:.2f} GiB to spare{near}"
         change = f"; nearest change that does: {self.advice}" if self.advice else ""
         return f"does not fit, by {-self.spare_gib:.2f} GiB{change}"
 
@@ -69,6 +80,8 @@ def to_dict(plan: Plan) -> dict[str, Any]:
         "peak_gib": round(plan.needed / GIB, 3),
         "hbm_gib": topology.chip.hbm_gib,
     }
+    if plan.estimate is not None:
+        values["peak_gib_by_formula"] = round(plan.estimate / GIB, 3)
     if plan.figures is not None:
         figures = dataclasses.asdict(plan.figures)
         figures["memory"]["temporaries"] = plan.figures.memory.temporaries
@@ -89,7 +102,7 @@ def table(plan: Plan) -> str:
     sections = [("", _head(plan))]
     if plan.figures is not None:
         sections += [
-            ("per device", _memory(plan.figures, plan.topology.chip)),
+            ("per device", _memory(plan)),
             ("FLOPs", _flops(plan.figures)),
             ("collectives", _collectives(plan.figures)),
         ]
@@ -122,8 +135,8 @@ def _head(plan: Plan) -> list[str]:
     return lines
 
 
-def _memory(f: Figures, chip: Chip) -> list[str]:
-    m = f.memory
+def _memory(plan: Plan) -> list[str]:
+    m = plan.figures.memory
     rows = {
         "parameters": m.parameters,
         "optimizer": m.optimizer,
@@ -133,7 +146,11 @@ def _memory(f: Figures, chip: Chip) -> list[str]:
         "peak": m.peak,
     }
     lines = [f"{k:<12}{v / GIB:9.3f} GiB" for k, v in rows.items() if v]
-    lines[-1] += f" of {chip.hbm_gib} GiB"
+    lines[-1] += f" of {plan.topology.chip.hbm_gib} GiB"
+    if plan.estimate is not None:
+        lines[-1] += f" ({plan.estimate / GIB:.3f} by formula)"
+    if m.host:
+        lines.append(f"{'in the host':<12}{m.host / GIB:9.3f} GiB")
     return lines
 
 
@@ -143,7 +160,7 @@ def _flops(f: Figures) -> list[str]:
     else:
         formula = (
             f"{f.model_flops:.4g} a step by 6 N + 12 layers d_model length "
-            f"({f.causal_flops:.4g} causal)"
+            f"({f.causal_flops:.4g} with causal attention)"
         )
     return [f"{formula}, {f.executed_flops:.4g} executed"]
 
@@ -168,6 +185,7 @@ def _collectives(f: Figures) -> list[str]:
 
 def _roofline(f: Figures, r: Roofline) -> list[str]:
     parts = [f"compute {_time(r.compute)}", f"HBM {_time(r.hbm)}"]
+    parts += [f"host {_time(r.host)}"] if r.host else []
     parts += [f"network ({k}) {_time(v)}" for k, v in r.network.items()]
     return [
         ", ".join(parts),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,12 +17,12 @@ from mpt_jax.errors import ConfigError
 from mpt_jax.planning import analytic, compiled
 from mpt_jax.planning.chips import GIB
 from mpt_jax.planning.figures import Figures, roofline
-from mpt_jax.planning.report import Plan
+from mpt_jax.planning.report import FORMULA_ERROR, Plan
 from mpt_jax.planning.topology import Fabric, Topology, make_mesh
 from mpt_jax.validate import check_mesh
 
 # From the one that computes least to the one that keeps least.
-REMAT = ("none", "dots", "attention", "full")
+REMAT = ("none", "dots", "attention", "full", "offload")
 MAX_TENSOR = 16  # heads of one layer on so many devices is where matmuls get thin
 MIN_PART = (
     4096  # tokens of a sequence on a device: below, a ring sends more than it does
@@ -42,7 +43,9 @@ def plan(config: TrainConfig, topology: Topology, *, estimate: bool = False) -> 
         step = compiled.train_step(config, topology)
     except compiled.TooBig as error:
         return Plan("train", config, topology, needed=error.needed)
-    return _plan(config, topology, step.figures, step.fabric)
+    compiled_plan = _plan(config, topology, step.figures, step.fabric)
+    estimate = analytic.train_step(config, topology.n_devices).memory.peak
+    return dataclasses.replace(compiled_plan, estimate=estimate)
 
 
 def _plan(
@@ -71,12 +74,13 @@ def fabric_of(topology: Topology, mesh: dict[str, int]) -> Fabric:
 
 
 def search(config: TrainConfig, topology: Topology, *, compile_best: int) -> list[Plan]:
-    """Plans that fit, the shortest step first; on a TPU the first ones are compiled.
+    """Plans that fit, the shortest step first (of those within a percent, the one that
+    needs least memory); on a TPU the first ones are compiled.
 
     Args: compile_best: how many to compile; they come before those that were not.
     """
-    found = [p for p in estimates(config, topology) if p.fits]
-    found.sort(key=_seconds)
+    found = [p for p in estimates(config, topology) if p.safe]
+    found.sort(key=_rank)
     if not topology.chip.is_tpu:
         return found
     best: list[Plan] = []
@@ -88,7 +92,7 @@ def search(config: TrainConfig, topology: Topology, *, compile_best: int) -> lis
         result = plan(candidate.config, topology)
         if result.fits:
             best.append(result)
-    return sorted(best, key=_seconds) + found[tried:]
+    return sorted(best, key=_rank) + found[tried:]
 
 
 def estimates(config: TrainConfig, topology: Topology) -> Iterator[Plan]:
@@ -126,20 +130,23 @@ def nearest(config: TrainConfig, result: Plan) -> Plan | None:
     """
     topology = result.topology
     here = analytic.train_step(config, topology.n_devices)
-    # The formula sees 15% off; what it missed here it will miss nearby.
+    # What the formula missed here it will miss nearby; without a compiler all it may.
     scale = max(result.needed / here.memory.peak, 1.0)
+    if result.figures is not None and result.figures.source == "analytic":
+        scale = 1 + FORMULA_ERROR
     limit = topology.chip.hbm_gib * GIB / scale
     fitting = [p for p in estimates(config, topology) if p.needed <= limit]
-    order = [
-        (*_distance(config, here, p), _seconds(p), n) for n, p in enumerate(fitting)
-    ]
-    return fitting[min(order)[-1]] if order else None
+    return min(
+        fitting, key=lambda p: (*_distance(config, here, p), *_rank(p)), default=None
+    )
 
 
 def _distance(config: TrainConfig, here: Figures, other: Plan) -> tuple[int, int]:
-    """Knobs that differ, a mesh counting twice: it moves every array."""
+    """Knobs that differ; a mesh, which moves every array, and the host's memory, which
+    is far, count twice."""
     mesh = 2 * (other.figures.mesh != here.mesh)
-    remat = other.config.model.remat != config.model.remat
+    remat = int(other.config.model.remat != config.model.remat)
+    remat *= 2 if other.config.model.remat == "offload" else 1
     parts = other.config.microbatches != config.microbatches
     return mesh + remat + parts, int(parts)
 
@@ -161,8 +168,9 @@ def describe(config: TrainConfig, other: Plan) -> str:
     return " ".join(flags) or "as it is"
 
 
-def _seconds(plan: Plan) -> float:
-    return plan.roofline.exposed
+def _rank(plan: Plan) -> tuple[float, int]:
+    """The shorter step; of those within a percent, the one that needs less memory."""
+    return round(math.log(plan.roofline.exposed), 2), plan.needed
 
 
 def _meshes(n: int, seq_len: int) -> Iterator[dict[str, int]]:

@@ -153,17 +153,23 @@ class Fabric:
 
     def _torus(self, group: np.ndarray) -> float:
         """A dim of the torus that closes carries a ring both ways, another one only
-        one way's worth: its ends have one neighbour."""
-        members = [self.devices[i] for i in group]
-        if len({getattr(d, "slice_index", 0) or 0 for d in members}) > 1:
-            return self.chip.network_bandwidth
+        one way's worth: its ends have one neighbour. Between slices each member has its
+        part to send, so that all their network counts."""
+        slices: dict[int, list[Any]] = {}
+        for device in (self.devices[i] for i in group):
+            slices.setdefault(getattr(device, "slice_index", 0) or 0, []).append(device)
+        inside = max(slices.values(), key=len)
+        network = len(inside) * self.chip.network_bandwidth
+        if len(inside) == 1:
+            return network
         lanes = 0
         for axis, size in enumerate(self.shape):
-            extent = len({d.coords[axis] for d in members})
+            extent = len({d.coords[axis] for d in inside})
             if extent > 1:
                 closed = extent == size and size % self.chip.ring == 0
                 lanes += 2 if closed else 1
-        return lanes * self.chip.link_bandwidth
+        links = lanes * self.chip.link_bandwidth
+        return min(links, network) if len(slices) > 1 else links
 
     def _cluster(self, group: np.ndarray) -> float:
         """NVLink inside a machine; across, all network cards of the members at once."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from mpt_jax.planning.hlo import Computation, Instruction, Module, executed, shape_bytes
@@ -13,8 +14,8 @@ def matmul_flops(jaxpr: Any) -> float:
 
     Loops count in full and recomputation is in it, as rematerialised code is in the
     jaxpr; of a conditional the dearest branch, of a loop without a fixed length one
-    round. An attention kernel is its products over half of the square, which is what is
-    causal; what ALiBi lets it skip beyond that depends on data.
+    round. Attention kernels, a ring's together, are their products over half of the
+    square, which is what is causal; what ALiBi lets them skip depends on data.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -30,7 +31,8 @@ def matmul_flops(jaxpr: Any) -> float:
             elif name == "scan":
                 total += eqn.params["length"] * sum(inner)
             elif name == "shard_map":
-                total += eqn.params["mesh"].size * sum(inner)
+                around = _ring(eqn)
+                total += around or eqn.params["mesh"].size * sum(inner)
             else:
                 total += sum(inner)
     return total
@@ -53,12 +55,43 @@ def _dot(eqn: Any) -> float:
 
 
 def _attention(eqn: Any) -> float:
-    """Two products forward, five backward; q_BHLD and k_BKSD are the first arrays of
-    four dims that the kernel takes."""
+    """q_BHLD and k_BKSD are the first arrays of four dims that the kernel takes."""
     arrays = [v.aval.shape for v in eqn.invars if len(v.aval.shape) == 4]
-    backward = len(eqn.outvars) > 2
-    (B, H, L, D), (_, _, S, _) = arrays[0], arrays[2 if backward else 1]
-    return (5 if backward else 2) * 2.0 * B * H * L * S * D / 2
+    (B, H, L, D), (_, _, S, _) = arrays[0], arrays[2 if _is_backward(eqn) else 1]
+    return _products(_is_backward(eqn), B * H * L * S * D)
+
+
+def _ring(eqn: Any) -> float | None:
+    """Of a shard_map in which kernels go round a ring, over whole rows; else None.
+
+    What a visit computes depends on how far apart the parts are, of which its shapes
+    say nothing. Longest are q_BLHD and its like; what the forward keeps is in parts.
+    """
+    inside = list(_equations(eqn.params["jaxpr"]))
+    kernels = [e for e in inside if e.primitive.name == "pallas_call"]
+    if not kernels or all(e.primitive.name != "ppermute" for e in inside):
+        return None
+    shapes = [v.aval.shape for v in (*eqn.invars, *eqn.outvars)]
+    four = [shape for shape in shapes if len(shape) == 4]
+    B, L, H, D = max(four, key=lambda shape: (shape[1], math.prod(shape)))
+    return _products(any(map(_is_backward, kernels)), B * H * L * L * D)
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """Of a jaxpr and of all in it."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in _jaxprs(eqn.params):
+            yield from _equations(inner)
+
+
+def _is_backward(kernel: Any) -> bool:
+    return len(kernel.outvars) > 2
+
+
+def _products(backward: bool, square: float) -> float:
+    """Two products forward, five backward, of the half that is causal."""
+    return (5 if backward else 2) * 2.0 * square / 2
 
 
 # -------------------------------------------------------------------------------- HBM

@@ -92,23 +92,31 @@ def cpu(mesh_sizes: dict[str, int]) -> dict:
     return {"shardings": shardings(config, mesh), **facts(step, counts=False)}
 
 
-def cut(preset: str, topology: str, mesh: str, seq_len: int, rows: int, layers: int):
-    """(Facts, figures) of ``layers`` layers of a preset on a TPU topology."""
+def cut_config(preset: str, mesh: str, seq_len: int, rows: int, layers: int):
+    """``layers`` layers of a preset."""
     from mpt_jax import plan, presets
     from mpt_jax.config import TrainConfig, parse
-    from mpt_jax.planning import compiled
-    from mpt_jax.planning import topology as topologies
 
-    topologies.prepare_environment()
     overrides = {
         "model.n_layers": str(layers), "model.remat": "full", "steps": "10",
         "tokens": "none", "global_batch_size": str(rows), "data.seq_len": str(seq_len),
         "optim.schedule.warmup_steps": "2",
     }  # fmt: skip
     values = presets.config(preset)
-    config = parse(TrainConfig, values, overrides | plan.mesh_overrides(mesh))
-    step = compiled.train_step(config, topologies.parse(topology))
-    return facts(step, counts=True), config, step.figures
+    return parse(TrainConfig, values, overrides | plan.mesh_overrides(mesh))
+
+
+def cut(preset: str, topology: str, mesh: str, seq_len: int, rows: int, layers: int):
+    """(Facts, configuration, figures) of a cut on a TPU topology, compiled."""
+    from mpt_jax.planning import compiled
+    from mpt_jax.planning import topology as topologies
+
+    topologies.prepare_environment()
+    config = cut_config(preset, mesh, seq_len, rows, layers)
+    place = topologies.parse(topology)
+    step = compiled.train_step(config, place)
+    placed = shardings(config, topologies.make_mesh(config.mesh, place))
+    return {"shardings": placed, **facts(step, counts=True)}, config, step.figures
 
 
 def cut_in_a_child(*args) -> dict:

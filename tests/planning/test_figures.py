@@ -11,12 +11,12 @@ from mpt_jax.planning.figures import Figures, Memory, roofline
 from mpt_jax.planning.topology import Fabric
 
 
-def torus(*shape):
+def torus(*shape, slice_index=0):
     """Devices with the coordinates of a TPU slice."""
     cells = [()]
     for n in shape:
         cells = [(*c, i) for c in cells for i in range(n)]
-    return [types.SimpleNamespace(coords=c, slice_index=0) for c in cells]
+    return [types.SimpleNamespace(coords=c, slice_index=slice_index) for c in cells]
 
 
 def test_every_chip_knows_its_peak_and_its_source():
@@ -49,6 +49,17 @@ def test_a_dim_that_closes_has_two_ways_around():
     assert open_line.bandwidth(("fsdp",)) == CHIPS["v5e"].link_bandwidth
 
 
+def test_slices_share_their_network():
+    chip, mesh = CHIPS["v5e"], {"data": 2, "fsdp": 16}
+    devices = [*torus(4, 4), *torus(4, 4, slice_index=1)]
+    fabric = Fabric(chip, mesh, devices, (4, 4))
+    assert fabric.bandwidth(("fsdp",)) == 2 * chip.link_bandwidth
+    # One member in each slice; sixteen, each of which sends its part.
+    assert fabric.bandwidth(("data",)) == chip.network_bandwidth
+    assert fabric.bandwidth(("data", "fsdp")) == 16 * chip.network_bandwidth
+    assert 16 * chip.network_bandwidth < 2 * chip.link_bandwidth
+
+
 def test_gpus_are_fast_inside_a_machine():
     chip, mesh = CHIPS["h100"], {"data": 2, "fsdp": 8, "tensor": 2}
     fabric = Fabric(chip, mesh)
@@ -72,6 +83,7 @@ def test_the_roofline_names_what_limits():
         causal_flops=8 * chip.flops * 0.4,
         executed_flops=8 * chip.flops,  # one second
         hbm_bytes=int(chip.hbm_bandwidth * 0.5),
+        host_bytes=int(chip.host_bandwidth * 0.25),
         collectives=(
             Collective("all-gather", ("fsdp",), True, 1, 1, int(chip.link_bandwidth)),
             Collective(
@@ -81,6 +93,7 @@ def test_the_roofline_names_what_limits():
     )
     r = roofline(figures, fabric)
     assert r.limit == "network (fsdp)"
+    assert r.host == pytest.approx(0.25)
     assert r.overlapped == pytest.approx(1.5)
     assert r.exposed == pytest.approx(0.5 + 1.0)
     assert r.mfu == pytest.approx(0.5 / 1.5)

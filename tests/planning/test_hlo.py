@@ -104,6 +104,27 @@ def test_groups_in_every_notation(attributes, axes):
     assert found.axes == axes
 
 
+def test_what_is_summed_and_sliced_in_one_is_a_reduce_scatter():
+    """As a TPU has it: a fusion around an all-reduce of the whole."""
+    text = """
+%all-reduce-scatter.1.clone (p: f32[8,4]) -> f32[2,4] {
+  %p = f32[8,4]{1,0} parameter(0)
+  %sum = f32[8,4]{1,0} all-reduce(%p), channel_id=5, replica_groups=[2,4]<=[8], to_apply=%add
+  %part = u32[] constant(2)
+  %zero = u32[] constant(0)
+  ROOT %d = f32[2,4]{1,0} dynamic-slice(%sum, %part, %zero), dynamic_slice_sizes={2,4}
+}
+
+ENTRY %main (x: f32[8,4]) -> f32[2,4] {
+  %x = f32[8,4]{1,0} parameter(0)
+  ROOT %fusion.3 = f32[2,4]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1.clone
+}
+"""
+    (found,) = collectives.find(hlo.parse(text), MESH)
+    assert (found.kind, found.axes) == ("reduce-scatter", ("fsdp",))
+    assert found.bytes == 8 * 4 * 4 * 3 // 4
+
+
 def test_text_that_is_not_hlo_is_refused():
     with pytest.raises(InternalError, match="no HLO"):
         hlo.parse("hello")

@@ -33,6 +33,22 @@ def test_what_does_not_fit_is_an_answer_and_not_an_error(capsys):
     assert "nearest change that does: --config.microbatches=" in capsys.readouterr().out
 
 
+def test_where_nothing_helps_the_answer_is_more_devices(capsys):
+    argv = ["--config", str(ROOT / "configs/mpt_70b.py"), "--topology", "a100-40:8"]
+    assert plan.main(argv) == EXIT_OK
+    assert "take more devices" in capsys.readouterr().out
+
+
+def test_search_prints_flags_that_plan_takes(capsys):
+    argv = [*SEVEN, "--topology", "a100-80:8", "--search"]
+    assert plan.main(argv) == EXIT_OK
+    _, best, *_ = capsys.readouterr().out.splitlines()
+    step, words = best.split()[0], best.split("analytic")[1].split()
+    flags = [] if words == ["as", "it", "is"] else words
+    assert plan.main([*argv[:-1], *flags]) == EXIT_OK
+    assert f"step >= {step} s, MFU" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
