@@ -13,7 +13,12 @@ from mpt_jax.planning.chips import GIB
 from mpt_jax.planning.report import FORMULA_ERROR
 
 ROOT = pathlib.Path(__file__).parents[2]
-PLANS = sorted(ROOT.glob("mpt_jax/bench/results/plans/*.json"))
+# Of the training step; the formula has no generation.
+PLANS = sorted(
+    path
+    for path in ROOT.glob("mpt_jax/bench/results/plans/*.json")
+    if "--what" not in json.loads(path.read_text())["command"]
+)
 
 
 def config_of(command):
