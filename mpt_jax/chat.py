@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import dataclasses
 import json
-import os
 import pathlib
 import secrets
 import signal
@@ -22,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
 
+from mpt_jax import verbs
 from mpt_jax.errors import EXIT_OK, CheckpointError, MptError, UserError, run_verb
 
 if TYPE_CHECKING:
@@ -48,32 +48,23 @@ def main(argv: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"in the session:\n{HELP}",
     )  # fmt: skip
+    verbs.add_checkpoint_flags(parser)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR")
     add("--system", metavar="TEXT", help="the system message; default the template's")
     add("--template", help="instruct, instruct-v3 or chatml; default: what the model "
         "was released with, or ChatML where the tokenizer knows it")  # fmt: skip
-    add("--tokenizer", metavar="NAME", help="a file, folder or hub name, with +chatml "
-        "at the end where it needs ChatML; default the checkpoint's")  # fmt: skip
     add("--max-tokens", type=int, default=512, metavar="N", help="of an answer (512)")
     add("--temperature", type=float, default=0.7, metavar="T", help="0 is greedy (0.7)")
     add("--top-p", type=float, default=1.0, metavar="P", help="1 is off (1)")
     add("--seed", type=int, metavar="N", help="default: another one each time")
     add("--context", type=int, metavar="TOKENS", help="that it remembers; default the "
         "model's max_seq_len")  # fmt: skip
-    add("--dtype", choices=["float32", "bfloat16"])
-    add("--int8", action="store_true", help="weights in 8 bits: half the memory")
-    add("--mesh", metavar="AXES", help="over several devices, such as tensor=4 or "
-        "fsdp=2,tensor=2")  # fmt: skip
-    add("--traceback", action="store_true", help="show the stack of an error")
 
     def run() -> int:
         flags = parser.parse_args(argv)
         session, about = _open(flags)
-        try:
+        with verbs.reader_may_leave():
             Shell(session).run(about)
-        except BrokenPipeError:  # who reads has seen enough; nor shall exit flush to it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
 
     return run_verb(run, show_traceback="--traceback" in argv)
@@ -91,13 +82,7 @@ def _open(flags: argparse.Namespace) -> tuple[Session, str]:
         top_p=flags.top_p,
         seed=seed,
     )
-    loaded = loading.load(
-        flags.checkpoint,
-        dtype=flags.dtype,
-        int8=flags.int8,
-        mesh=flags.mesh,
-        tokenizer=flags.tokenizer,
-    )
+    loaded = loading.load(**verbs.checkpoint_arguments(flags))
     tokenizer = loaded.need_tokenizer()
     template = templates.choose(flags.template, name=loaded.name, tokenizer=tokenizer)
     engine = loaded.engine(n_slots=1, capacity=flags.context, grow=True)

@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from mpt_jax import verbs
 from mpt_jax.errors import EXIT_OK, CheckpointError, UserError, run_verb
 
 if TYPE_CHECKING:
@@ -38,10 +38,8 @@ def main(argv: Sequence[str]) -> int:
         if flags.logprobs is not None and not flags.json:
             raise UserError("--logprobs: needs --json, which has room for them")
         sampling, prompt = _sampling(flags), _prompt(flags)
-        try:
+        with verbs.reader_may_leave():
             _run(flags, sampling, prompt)
-        except BrokenPipeError:  # who reads has seen enough; nor shall exit flush to it
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
 
     return run_verb(run, show_traceback="--traceback" in argv)
@@ -52,10 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m mpt_jax.generate", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    verbs.add_checkpoint_flags(parser)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR")
-    add("--tokenizer", metavar="PATH", help="instead of the checkpoint's: a .json, "
-        ".model, hub name or 'bytes'")  # fmt: skip
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT")
     source.add_argument("--file", metavar="FILE", help="the prompt's; default stdin; "
@@ -81,13 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "finish_reason, logprobs")  # fmt: skip
     add("--logprobs", type=int, metavar="N", help="with --json: log-probability of "
         "each token and the N likeliest")  # fmt: skip
-    add("--dtype", choices=["float32", "bfloat16"], help="default float32 on CPUs, "
-        "else bfloat16")  # fmt: skip
-    add("--int8", action="store_true", help="weights in 8 bits: half the memory")
-    add("--mesh", metavar="AXES", help="over several devices, such as tensor=4 or "
-        "fsdp=2,tensor=2")  # fmt: skip
     add("--quiet", action="store_true", help="no speeds")
-    add("--traceback", action="store_true", help="show the stack of an error")
     return parser
 
 
@@ -135,10 +125,7 @@ def _run(flags: argparse.Namespace, sampling: Sampling, prompt: str) -> None:
     from mpt_jax.generation import text
     from mpt_jax.generation.engine import Request
 
-    loaded = loading.load(
-        flags.checkpoint, dtype=flags.dtype, int8=flags.int8, mesh=flags.mesh,
-        tokenizer=flags.tokenizer,
-    )  # fmt: skip
+    loaded = loading.load(**verbs.checkpoint_arguments(flags))
     tokenizer = loaded.need_tokenizer()
     ids, stop_ids = _ids(loaded, prompt, flags.template)
     sampling = dataclasses.replace(sampling, stop_ids=stop_ids)

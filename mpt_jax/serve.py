@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from mpt_jax import verbs
 from mpt_jax.errors import UserError, run_verb
 
 if TYPE_CHECKING:
@@ -61,18 +62,11 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m mpt_jax.serve", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
+    verbs.add_checkpoint_flags(parser)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="DIR")
-    add("--tokenizer", metavar="NAME", help="a file, folder or hub name; default the "
-        "checkpoint's")  # fmt: skip
     add("--model-name", metavar="NAME", help="what clients call it; default DIR's name")
     add("--template", default="auto", help="instruct, instruct-v3, chatml, none (no "
         "chats) or auto: what the model was released with (auto)")  # fmt: skip
-    add("--dtype", choices=("float32", "bfloat16"), help="default bfloat16, on CPUs "
-        "float32")  # fmt: skip
-    add("--int8", action="store_true", help="weights as int8: half the memory of bf16")
-    add("--mesh", metavar="AXES", help="over several devices, such as tensor=4 or "
-        "fsdp=2,tensor=2")  # fmt: skip
     add("--slots", type=int, default=32, metavar="N", help="requests at a time (32)")
     add("--capacity", type=int, metavar="TOKENS", help="of prompt and answer together; "
         "default the model's max_seq_len")  # fmt: skip
@@ -89,7 +83,6 @@ def make_parser() -> argparse.ArgumentParser:
         help="for a client to send its request (30)")  # fmt: skip
     add("--drain", type=float, default=30, metavar="SECONDS",
         help="for what is under way at SIGTERM (30)")  # fmt: skip
-    add("--traceback", action="store_true", help="show an error's stack")
     return parser
 
 
@@ -144,10 +137,7 @@ def make_service(flags: argparse.Namespace, key: str | None) -> tuple[Service, s
     from mpt_jax.serving.jobs import Worker
     from mpt_jax.serving.protocol import Rules
 
-    loaded = loading.load(
-        flags.checkpoint, dtype=flags.dtype, int8=flags.int8, mesh=flags.mesh,
-        tokenizer=flags.tokenizer,
-    )  # fmt: skip
+    loaded = loading.load(**verbs.checkpoint_arguments(flags))
     tokenizer = loaded.need_tokenizer()
     template, no_chat = choose_template(flags.template, loaded)
     engine = loaded.engine(n_slots=flags.slots, capacity=flags.capacity)

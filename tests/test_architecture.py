@@ -17,7 +17,7 @@ PACKAGE = ROOT / "mpt_jax"
 
 # A module may import strictly lower rings and its own package.
 RINGS = {
-    "config": 0, "errors": 0, "presets": 0, "validate": 0, "cli": 0,
+    "config": 0, "errors": 0, "presets": 0, "validate": 0, "cli": 0, "verbs": 0,
     "partitioning": 1, "runtime": 1, "durable": 1, "tokenizer": 1, "kernels": 1,
     "models": 2, "objectives": 2, "optim": 2,
     "data": 3, "training": 3, "generation": 3, "interop": 3,
