@@ -186,6 +186,14 @@ def test_three_passes_lose_nothing_of_float32():
     assert (np.abs(rounded - exact) > FLOAT32_SUM * size).mean() > 0.5
 
 
+@pytest.mark.parametrize("rows", [1, 64], ids=["few", "many"])
+def test_three_passes_keep_every_bit(rows):
+    """Times the identity: each third has bits that nothing else has."""
+    x = jax.random.normal(jax.random.key(2), (rows, 32))
+    eye = ThreePass(jnp.eye(32, dtype=jnp.bfloat16), 1)
+    np.testing.assert_array_equal(jax.jit(eye.matmul)(x), x)
+
+
 def test_a_bfloat16_checkpoint_computes_the_same_in_three_passes():
     rounded = jax.tree.map(lambda a: a.astype(jnp.bfloat16), serving_params())
     packed = weights.three_pass(rounded)
