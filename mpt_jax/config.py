@@ -154,8 +154,8 @@ class ModelConfig:
                                 "and loss stay float32")  # fmt: skip
     param_dtype: DType = knob("float32", "stored parameters (moments are float32)")
     remat: RematPolicy = knob(
-        "none", "backward recomputes: nothing; all but attention; all but attention "
-        "and matmuls; whole blocks; all but attention, kept in the host's memory"
+        "none", "backward recomputes: norms and activations; all but attention; all "
+        "but attention and matmuls; whole blocks; all but attention, kept on the host"
     )  # fmt: skip
     scan_layers: bool = knob(True, "one compiled block, scanned (compiles 10x faster)")
     attention: Literal["auto", "xla", "tpu", "gpu", "reference"] = knob(

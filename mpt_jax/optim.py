@@ -208,31 +208,31 @@ def make_optimizer(
 
 
 def clip_by_global_norm(
-    grads: PyTree, max_norm: float | None
+    grads: PyTree, max_norm: float | None, *, divisor: jax.typing.ArrayLike = 1
 ) -> tuple[PyTree, jax.Array]:
-    """``grads`` scaled to a global L2 norm of at most ``max_norm``, and their norm.
+    """``grads / divisor`` scaled to a global L2 norm of at most ``max_norm``, and the
+    norm before: sums become clipped means in one pass.
 
     Scales by min(1, max_norm / (norm + 1e-6)), which is torch.nn.utils.clip_grad_norm_
     and so MosaicML's gradient_clipping. None only measures.
 
-    Returns: (clipped, norm); the norm is a float32 scalar. Where it is not finite (NaN
-      or inf as the worst gradient is, or a true norm over 3e38), the clipped gradients
-      are NaN or 0 and must not be applied.
+    Returns: (clipped, norm), in float32 for bfloat16 gradients too. Where the norm is
+      not finite (NaN or inf as the worst gradient is, or a true norm over 3e38), the
+      clipped gradients are NaN or 0 and must not be applied.
     Numerics: squares are taken relative to the largest entry. Otherwise entries over
       2e19 would overflow the norm to infinity, and clipping would silently turn a
       finite gradient into a zero update.
     """
-    wide = _wide(jax.tree.leaves(grads))
+    grads = _wide(grads)
+    wide = jax.tree.leaves(grads)
     largest = jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in wide]))
     # Zero, subnormal and non-finite maxima do not divide; 1 hands inf and NaN through.
     usable = (largest >= jnp.finfo(largest.dtype).tiny) & jnp.isfinite(largest)
     unit = jnp.where(usable, largest, 1)
-    norm = unit * jnp.sqrt(sum(jnp.sum(jnp.square(g / unit)) for g in wide))
-    if max_norm is None:
-        return grads, norm
-    scale = jnp.minimum(1, max_norm / (norm + 1e-6))
-    clipped = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
-    return clipped, norm
+    norm = unit / divisor * jnp.sqrt(sum(jnp.sum(jnp.square(g / unit)) for g in wide))
+    scale = 1 if max_norm is None else jnp.minimum(1, max_norm / (norm + 1e-6))
+    scale = scale / divisor
+    return jax.tree.map(lambda g: g * scale, grads), norm
 
 
 def state_axes(opt_state_abstract: PyTree, param_axes: PyTree) -> PyTree:

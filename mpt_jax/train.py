@@ -346,7 +346,7 @@ class Run:
 
         from mpt_jax.training.goodput import read_report
 
-        config, struct = self.config, self.program.struct
+        config = self.config
         self.progress.message(self.source.describe())
         if self.stored is not None:
             self._restore(self.stored, rewind_data=True)
@@ -359,7 +359,8 @@ class Run:
         if config.checkpoint.init_from:
             from mpt_jax.training.checkpoints import restore_params
 
-            params = restore_params(config.checkpoint.init_from, struct.params)
+            stored = self.program.stored.params
+            params = restore_params(config.checkpoint.init_from, stored)
             arranged = self.program.to_memory({"params": params})
             self.state = self.state._replace(**arranged)
             self.progress.message(f"parameters from {config.checkpoint.init_from}")
@@ -367,7 +368,7 @@ class Run:
     def _restore(self, stored: StoredStep, *, rewind_data: bool) -> None:
         from mpt_jax.training.step import TrainState
 
-        struct = self.program.struct
+        struct = self.program.stored
         restored = stored.restore(
             struct.params, _without_params(struct), part=self.source.part
         )

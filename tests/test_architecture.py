@@ -44,7 +44,7 @@ MAX_FUNCTION_LINES = 80  # with its docstring; the attention op's contract is lo
 # data are a world of their own, behind the few names of data/feed.py, and so are the
 # kernels, behind kernels/attention.py. Many processes, which must not wait for a dead
 # or stuck one, took 1,000 lines.
-MAX_REACHABLE_LINES = {"data": 3500, "kernels": 2500, "all else": 7500}
+MAX_REACHABLE_LINES = {"data": 3500, "kernels": 2500, "all else": 7600}
 
 
 @functools.cache

@@ -350,6 +350,18 @@ def test_clip_is_torchs():
     np.testing.assert_allclose(tiny["a"], [0.5e-6], rtol=FLOAT32_RTOL)
 
 
+@pytest.mark.parametrize("max_norm", [None, 0.5, 9.0])
+def test_clip_makes_means_of_sums(max_norm):
+    mean = {"a": np.float32([3.0, 0.0]), "b": np.float32([[4.0]])}
+    total = jax.tree.map(lambda g: 7 * g, mean)
+    want, want_norm = optim.clip_by_global_norm(mean, max_norm)
+    got, norm = optim.clip_by_global_norm(total, max_norm, divisor=7.0)
+    np.testing.assert_allclose(norm, want_norm, rtol=FLOAT32_RTOL)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=FLOAT32_RTOL), got, want
+    )
+
+
 @pytest.mark.parametrize("max_norm", [None, 5.1])
 def test_clip_returns_small_gradients_bit_for_bit(max_norm):
     grads = {"a": np.float32([3.0, 4.0])}
@@ -402,7 +414,7 @@ def test_clip_of_zero_is_zero():
 def test_norm_of_bfloat16_gradients_is_summed_in_float32():
     ones = jnp.ones(30_000, jnp.bfloat16)  # a bfloat16 sum would stop at 256
     clipped, norm = optim.clip_by_global_norm({"a": ones}, 1.0)
-    assert (clipped["a"].dtype, norm.dtype) == (jnp.bfloat16, jnp.float32)
+    assert (clipped["a"].dtype, norm.dtype) == (jnp.float32, jnp.float32)
     np.testing.assert_allclose(norm, math.sqrt(30_000), rtol=FLOAT32_RTOL)
 
 

@@ -23,15 +23,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Sharding
 
 from mpt_jax.config import ModelConfig
 from mpt_jax.kernels import skip
@@ -107,45 +105,6 @@ def arrange(tree: Any, axes: Any, order: Order | None) -> Any:
     if order is None:
         return tree
     return jax.tree.map(lambda leaf, axes: _arrange(leaf, axes, order), tree, axes)
-
-
-def move(
-    tree: Any,
-    axes: Any,
-    order: Order | None,
-    *,
-    donate: bool = False,
-    memory_kind: str | None = None,
-) -> Any:
-    """arrange() of arrays on a mesh, leaf by leaf: beside them, one leaf is in memory.
-
-    Gathers that leaf over the axis that cuts its heads (a third of a model's parameters
-    have heads): for saving and restoring, not for steps. Other leaves stay themselves.
-
-    Args: order: the inverse brings the heads back. donate: ``tree`` is given up.
-      memory_kind: where the results go, "pinned_host" to spare the devices.
-    """
-    if order is None:
-        return tree
-
-    def one(leaf: jax.Array, axes: Axes) -> jax.Array:
-        if not set(axes) & set(Order._fields):
-            return leaf
-        where = leaf.sharding
-        if memory_kind is not None:
-            where = where.with_memory_kind(memory_kind)
-        return jax.block_until_ready(_mover(axes, order, where, donate)(leaf))
-
-    return jax.tree.map(one, tree, axes)
-
-
-@functools.cache
-def _mover(axes: Axes, order: Order, where: Sharding, donate: bool) -> Callable:
-    return jax.jit(
-        functools.partial(_arrange, axes=axes, order=order),
-        out_shardings=where,
-        donate_argnums=(0,) if donate else (),
-    )
 
 
 def _arrange(leaf: jax.Array, axes: Axes, order: Order) -> jax.Array:

@@ -66,10 +66,14 @@ class FFN(nnx.Module):
 
     def __call__(self, x_BLE: jax.Array) -> jax.Array:
         up_BLF = self.up_proj(x_BLE)
-        if self.gate_proj is None:
+        gate_BLF = None if self.gate_proj is None else self.gate_proj(x_BLE)
+        return _lean(self.cfg, self._down)(up_BLF, gate_BLF)
+
+    def _down(self, up_BLF: jax.Array, gate_BLF: jax.Array | None) -> jax.Array:
+        if gate_BLF is None:
             h_BLF = activation(self.cfg, up_BLF)
         else:
-            h_BLF = activation(self.cfg, self.gate_proj(x_BLE)) * up_BLF
+            h_BLF = activation(self.cfg, gate_BLF) * up_BLF
         return self.down_proj(shard(h_BLF, "batch", "length", "act_mlp"))
 
 
@@ -77,7 +81,7 @@ class Block(nnx.Module):
     """x + attn(norm_1(x)), then x + ffn(norm_2(x))."""
 
     def __init__(self, cfg: ModelConfig):
-        self.resid_pdrop = cfg.resid_pdrop
+        self.cfg = cfg
         self.norm_1 = Norm(cfg, ((cfg.d_model, "norm"),))
         self.attn = Attention(cfg)
         self.norm_2 = Norm(cfg, ((cfg.d_model, "norm"),))
@@ -87,14 +91,16 @@ class Block(nnx.Module):
         self, x_BLE: jax.Array, masks: Masks, *, dropout_key: jax.Array | None = None
     ) -> jax.Array:
         key_attn, key_1, key_2 = split_key(dropout_key, 3)
-        between = _between(x_BLE)
-        h_BLE = reshard(self.norm_1(x_BLE), between, _WITHIN)
+        between, pdrop = _between(x_BLE), self.cfg.resid_pdrop
+        h_BLE = _lean(self.cfg, self.norm_1)(x_BLE)
+        h_BLE = reshard(h_BLE, between, _WITHIN)
         a_BLE = self.attn(h_BLE, masks, dropout_key=key_attn)
         a_BLE = reshard(a_BLE, _WITHIN, between)
-        x_BLE = x_BLE + dropout(a_BLE, self.resid_pdrop, key_1)
-        f_BLE = self.ffn(reshard(self.norm_2(x_BLE), between, _WITHIN))
+        x_BLE = x_BLE + dropout(a_BLE, pdrop, key_1)
+        h_BLE = _lean(self.cfg, self.norm_2)(x_BLE)
+        f_BLE = self.ffn(reshard(h_BLE, between, _WITHIN))
         f_BLE = reshard(f_BLE, _WITHIN, between)
-        x_BLE = x_BLE + dropout(f_BLE, self.resid_pdrop, key_2)
+        x_BLE = x_BLE + dropout(f_BLE, pdrop, key_2)
         return shard(x_BLE, *between)
 
     def cached(self, x_BLE: jax.Array, attend: CachedAttention) -> CachedOut:
@@ -103,6 +109,17 @@ class Block(nnx.Module):
         x_BLE = x_BLE + a_BLE
         x_BLE = x_BLE + self.ffn(self.norm_2(x_BLE))
         return shard(x_BLE, "batch", "length", "act_embed"), cache
+
+
+def _lean(cfg: ModelConfig, f: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """``f``, of whose elementwise steps the backward keeps nothing but their inputs.
+
+    Without it remat "none" keeps three arrays of a norm and two of an activation; with
+    any other policy the block as a whole decides.
+    """
+    if cfg.remat != "none":
+        return f
+    return jax.checkpoint(f, prevent_cse=not cfg.scan_layers)
 
 
 def _between(x_BLE: jax.Array) -> Axes:
@@ -239,6 +256,7 @@ def hidden_states(
     """The final normed states, before the head.
 
     Args:
+      params: of init(); where layers are not scanned, a leaf of blocks may be apart().
       tokens_BL: int32 ids; an id outside the vocabulary gives NaN, never a wrong row.
       segment_ids_BL: int32 document of each token, 0 padding (left or right). None:
         no padding. Documents are kept apart only with attn_uses_sequence_id.
@@ -261,23 +279,27 @@ def hidden_states(
 
     block = _remat(cfg, block)
     keys = None if key_blocks is None else jax.random.split(key_blocks, cfg.n_layers)
-    layers = (params["blocks"], keys)
     if cfg.scan_layers:
+        layers = (params["blocks"], keys)
         x_BLE, _ = jax.lax.scan(lambda x, layer: (block(x, layer), None), x_BLE, layers)
     else:
-        for layer in _unstack(layers, cfg.n_layers):
-            x_BLE = block(x_BLE, layer)
+        for n, layer in enumerate(_layers(params["blocks"])):
+            x_BLE = block(x_BLE, (layer, None if keys is None else keys[n]))
     x_BLE = _bind(Norm(cfg, ((cfg.d_model, "norm"),)), params["norm_f"])(x_BLE)
     return reshard(x_BLE, _between(x_BLE), _WITHIN)
 
 
-def _unstack(layers: Any, n: int) -> Iterator[Any]:
-    """Each layer's tree. One split per leaf, whose gradient is one concatenation: that
-    of n indexings is n sums over all layers."""
-    leaves, treedef = jax.tree.flatten(layers)
-    parts = [jax.lax.split(a, (1,) * n) for a in leaves]
-    for one in zip(*parts, strict=True):
-        yield treedef.unflatten([a[0] for a in one])
+def apart(leaf: jax.Array) -> tuple[jax.Array, ...]:
+    """A stacked parameter's layers. One split, whose gradient is one concatenation:
+    that of n indexings is n sums over all layers."""
+    return tuple(a[0] for a in jax.lax.split(leaf, (1,) * len(leaf)))
+
+
+def _layers(blocks: Params) -> Iterator[Params]:
+    """Each layer's tree, of leaves that are stacked or apart."""
+    leaves, treedef = jax.tree.flatten(blocks, is_leaf=lambda x: isinstance(x, tuple))
+    leaves = [a if isinstance(a, tuple) else apart(a) for a in leaves]
+    return map(treedef.unflatten, zip(*leaves, strict=True))
 
 
 def _positions(

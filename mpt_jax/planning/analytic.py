@@ -46,6 +46,7 @@ class _Shape:
     full_length: int
     parts: int
     chunk: int
+    lanes: int
 
     @property
     def tokens(self) -> int:
@@ -68,8 +69,11 @@ class _Shape:
         return whole // self.mesh["tensor"]
 
 
-def train_step(config: TrainConfig, n_devices: int) -> Figures:
-    """The figures of one step of ``config``, whose mesh must fit ``n_devices``."""
+def train_step(config: TrainConfig, n_devices: int, *, lanes: int = 1) -> Figures:
+    """The figures of one step of ``config``, whose mesh must fit ``n_devices``.
+
+    Args: lanes: what memory rounds a head's dims up to.
+    """
     mesh = mesh_sizes(config.mesh, n_devices)
     rows = config.global_batch_size // config.microbatches
     shape = _Shape(
@@ -80,6 +84,7 @@ def train_step(config: TrainConfig, n_devices: int) -> Figures:
         full_length=config.seq_len,
         parts=config.microbatches,
         chunk=config.loss.chunk_tokens,
+        lanes=lanes,
     )
     flops = flops_per_token(
         config.model, config.seq_len, mpt.count_params(config.model)
@@ -171,18 +176,19 @@ def _memory(config: TrainConfig, s: _Shape) -> Memory:
 def _saved(s: _Shape) -> int:
     """Bytes that the forward keeps of one layer for the backward, wherever."""
     m, t = s.model, s.mesh["tensor"]
-    heads, kv_heads = m.n_heads * m.d_head / t, m.n_kv_heads * m.d_head / t
+    d_head = math.ceil(m.d_head / s.lanes) * s.lanes
+    heads, kv_heads = m.n_heads * d_head / t, m.n_kv_heads * d_head / t
     stream = m.d_model / t  # between attention and FFN each has its part of the tokens
-    mlp = (3 if m.ffn_config.ffn_type == "mptglu" else 1) * m.d_mlp / t
+    glu = m.ffn_config.ffn_type == "mptglu"
+    mlp = m.d_mlp / t
     kept = {
         "full": stream,
         "attention": stream + heads,
         "offload": stream + heads,
-        "dots": 2 * stream + 2 * heads + 2 * kv_heads + mlp,
-        "none": 2 * stream + 2 * heads + 2 * kv_heads + 2 * mlp,
+        "dots": 2 * stream + 2 * heads + 2 * kv_heads + (3 if glu else 1) * mlp,
+        # Of norms what goes in and out; of activations what goes in.
+        "none": 4 * stream + 2 * heads + 2 * kv_heads + (2 if glu else 1) * mlp,
     }[m.remat] * s.item
-    if m.remat == "none":  # each norm: centred input, its scaling and the product
-        kept += 6 * stream * FLOAT32
     if m.remat != "full":
         kept += FLOAT32 * m.n_heads / t  # log-sum-exp
     return int(s.tokens * kept)

@@ -49,6 +49,11 @@ class Chip:
     def is_tpu(self) -> bool:
         return self.torus_dims > 0
 
+    @property
+    def lanes(self) -> int:
+        """Elements that the last dim of an array in memory is a multiple of."""
+        return 128 if self.is_tpu else 1
+
 
 _GOOGLE = "Cloud TPU docs, system architecture of {}; hbm_gib: libtpu 0.0.42.1"
 _NVIDIA = (

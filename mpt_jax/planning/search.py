@@ -36,7 +36,7 @@ def plan(config: TrainConfig, topology: Topology, *, estimate: bool = False) -> 
     Raises: ConfigError: the mesh does not fit. UserError: no compiler for the chip.
     """
     if estimate or not topology.chip.is_tpu:
-        figures = analytic.train_step(config, topology.n_devices)
+        figures = _estimate(config, topology)
         fabric = fabric_of(topology, figures.mesh)
         return _plan(config, topology, figures, fabric)
     try:
@@ -44,8 +44,12 @@ def plan(config: TrainConfig, topology: Topology, *, estimate: bool = False) -> 
     except compiled.TooBig as error:
         return Plan("train", config, topology, needed=error.needed)
     compiled_plan = _plan(config, topology, step.figures, step.fabric)
-    estimate = analytic.train_step(config, topology.n_devices).memory.peak
+    estimate = _estimate(config, topology).memory.peak
     return dataclasses.replace(compiled_plan, estimate=estimate)
+
+
+def _estimate(config: TrainConfig, topology: Topology) -> Figures:
+    return analytic.train_step(config, topology.n_devices, lanes=topology.chip.lanes)
 
 
 def _plan(
@@ -106,7 +110,7 @@ def estimates(config: TrainConfig, topology: Topology) -> Iterator[Plan]:
             candidate = change(config, mesh=mesh, microbatches=parts, remat=remat)
             if check_mesh(candidate, topology.n_devices):
                 continue
-            figures = analytic.train_step(candidate, topology.n_devices)
+            figures = _estimate(candidate, topology)
             yield _plan(candidate, topology, figures, fabric)
 
 
@@ -129,7 +133,7 @@ def nearest(config: TrainConfig, result: Plan) -> Plan | None:
     nothing helps.
     """
     topology = result.topology
-    here = analytic.train_step(config, topology.n_devices)
+    here = _estimate(config, topology)
     # What the formula missed here it will miss nearby; without a compiler all it may.
     scale = max(result.needed / here.memory.peak, 1.0)
     if result.figures is not None and result.figures.source == "analytic":

@@ -24,6 +24,7 @@ from mpt_jax.config import LossConfig, ModelConfig, TrainConfig
 from mpt_jax.models import heads, mpt
 from mpt_jax.objectives import LossSums, next_token_loss
 from mpt_jax.partitioning import shard
+from mpt_jax.training.layout import Layout
 
 Batch = dict[str, jax.Array]
 # (params, batch, dropout_key or None) -> sums; "total" is differentiated.
@@ -80,34 +81,33 @@ class Program:
 
     init(rng) -> TrainState; step(state, batch) -> (TrainState, metrics), donates state;
     evaluate(params, batch) -> LossSums. ``struct`` is the state as ShapeDtypeStructs
-    with shardings: what restore, --dry_run and ahead-of-time compilation take.
+    with shardings: what --dry_run and ahead-of-time compilation take; ``stored`` is it
+    in a checkpoint, which may be another form (training/layout.py).
 
-    A state's heads may lie in another order than their own (models/heads.py). Both of
-    these take fields of TrainState by name and return them: to_memory what a checkpoint
-    holds, giving it up; to_stored what it shall hold, where on_host in host memory.
-    Every process calls them.
+    Both of these take fields of TrainState by name and return them: to_memory what a
+    checkpoint holds, giving it up; to_stored what it shall hold, where on_host in host
+    memory. Every process calls them.
     """
 
     mesh: Mesh
     struct: TrainState
+    stored: TrainState
     batch_sharding: NamedSharding
     init: Callable[[jax.Array], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
     evaluate: Callable[[mpt.Params, Batch], LossSums]
     axes: TrainState
-    head_order: heads.Order | None
+    layout: Layout
 
     def to_memory(self, items: Mapping[str, Any]) -> dict[str, Any]:
         axes = {name: getattr(self.axes, name) for name in items}
-        return heads.move(dict(items), axes, self.head_order, donate=True)
+        return self.layout.to_memory(dict(items), axes)
 
     def to_stored(
         self, items: Mapping[str, Any], *, on_host: bool = False
     ) -> dict[str, Any]:
         axes = {name: getattr(self.axes, name) for name in items}
-        inverse = self.head_order and self.head_order.inverse
-        kind = "pinned_host" if on_host else None
-        return heads.move(dict(items), axes, inverse, memory_kind=kind)
+        return self.layout.to_stored(dict(items), axes, on_host=on_host)
 
     def batch_struct(self, config: TrainConfig) -> Batch:
         shape = (config.global_batch_size, config.seq_len)
@@ -120,9 +120,10 @@ def make_program(
 ) -> Program:
     """Builds the step of ``config`` on ``mesh``. Call and use it under use(mesh)."""
     objective = objective or pretraining(config.model, config.loss)
-    head_order = _head_order(config, mesh)
+    layout = _layout(config, mesh)
     axes = _state_axes(config)
-    struct = _state_struct(config, mesh, axes)
+    stored = _state_struct(config, mesh, axes)
+    struct = layout.struct(stored, axes)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, struct)
     replicated = NamedSharding(mesh, PartitionSpec())
     # Rows are split over data and fsdp; the sequence over context.
@@ -130,7 +131,7 @@ def make_program(
     optimizer = _optimizer(config, struct.params)
 
     def init(rng: jax.Array) -> TrainState:
-        params = heads.arrange(mpt.init(config.model, rng), axes.params, head_order)
+        params = layout.arrange(mpt.init(config.model, rng), axes.params)
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, zero, params, optimizer.init(params))
 
@@ -138,24 +139,25 @@ def make_program(
         state: TrainState, batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        with heads.arranged(head_order):
+        with heads.arranged(layout.head_order):
             grads, sums = _gradients(
                 objective,
                 state.params,
                 batch,
                 key,
-                axes=axes.params,
+                shardings=shardings.params,
                 parts=config.microbatches,
             )
         return _update(config, optimizer, state, grads, sums)
 
     def evaluate(params: mpt.Params, batch: Batch) -> LossSums:
-        with heads.arranged(head_order):
+        with heads.arranged(layout.head_order):
             return objective(params, batch, None)
 
     return Program(
         mesh=mesh,
         struct=struct,
+        stored=stored,
         batch_sharding=batch_sharding,
         init=jax.jit(init, out_shardings=shardings),
         step=jax.jit(
@@ -171,16 +173,19 @@ def make_program(
             out_shardings=replicated,
         ),
         axes=axes,
-        head_order=head_order,
+        layout=layout,
     )
 
 
-def _head_order(config: TrainConfig, mesh: Mesh) -> heads.Order | None:
-    # Adafactor's row and column statistics do not say which of their dims is heads.
+def _layout(config: TrainConfig, mesh: Mesh) -> Layout:
+    # Adafactor's row and column statistics do not say which of their dims is heads, and
+    # it takes the RMS of a leaf: of all layers, whether they are scanned or not.
     if config.optim.name == "adafactor":
-        return None
-    shards = mesh.shape["tensor"]
-    return heads.order(config.model, shards=shards, length=config.seq_len)
+        return Layout(None, False)
+    order = heads.order(
+        config.model, shards=mesh.shape["tensor"], length=config.seq_len
+    )
+    return Layout(order, not config.model.scan_layers)
 
 
 def _optimizer(config: TrainConfig, params: Any) -> optax.GradientTransformation:
@@ -221,7 +226,7 @@ def _gradients(
     batch: Batch,
     key: jax.Array,
     *,
-    axes: Any,
+    shardings: Any,
     parts: int,
 ) -> tuple[mpt.Params, LossSums]:
     """Gradient of the summed loss over ``parts`` microbatches, and the sums."""
@@ -231,7 +236,7 @@ def _gradients(
         return sums.total, sums
 
     def constrain(grads: mpt.Params) -> mpt.Params:
-        return jax.tree.map(lambda g, a: shard(g, *a), grads, axes)
+        return jax.tree.map(jax.lax.with_sharding_constraint, grads, shardings)
 
     grad = jax.grad(total, has_aux=True)
     if parts == 1:
@@ -266,8 +271,9 @@ def _update(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """Applies the mean gradient, or leaves params and opt_state as they are."""
     tokens = jnp.maximum(sums.weight, 1)
-    grads = jax.tree.map(lambda g: g / tokens, grads)
-    grads, grad_norm = optim.clip_by_global_norm(grads, config.optim.clip_norm)
+    grads, grad_norm = optim.clip_by_global_norm(
+        grads, config.optim.clip_norm, divisor=tokens
+    )
     loss = sums.ce / tokens
     finite = jnp.isfinite(sums.total) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

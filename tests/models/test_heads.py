@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mpt_jax import partitioning, presets
-from mpt_jax.config import MeshConfig, ModelConfig, parse
+from mpt_jax import presets
+from mpt_jax.config import ModelConfig, parse
 from mpt_jax.kernels import skip
 from mpt_jax.kernels.attention import Operands, Rule
 from mpt_jax.models import alibi, heads, mpt
@@ -93,30 +92,6 @@ def test_logits_do_not_depend_on_the_order(kind, kv_heads):
     got, want, wrong = run()
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
     assert abs(wrong - want).max() > 1e-2
-
-
-def test_moving_keeps_places_and_shares_what_has_no_heads():
-    cfg = small()
-    order, axes = heads.order(cfg, shards=2, length=16), mpt.param_axes(cfg)
-    mesh = partitioning.make_mesh(MeshConfig(fsdp=4, tensor=2))
-    with partitioning.use(mesh):
-        params = jax.tree.map(
-            lambda s, a: jax.device_put(
-                jnp.arange(s.size, dtype=s.dtype).reshape(s.shape),
-                partitioning.sharding(mesh, a, s.shape),
-            ),
-            mpt.abstract_params(cfg),
-            axes,
-        )
-        moved = heads.move(params, axes, order, memory_kind="pinned_host")
-    wq, attn = params["blocks"]["attn"]["Wq"]["weight"], moved["blocks"]["attn"]
-    np.testing.assert_array_equal(attn["Wq"]["weight"], wq[:, :, order.heads])
-    assert attn["Wq"]["weight"].sharding == wq.sharding.with_memory_kind("pinned_host")
-    assert moved["wte"]["weight"] is params["wte"]["weight"]
-    own = np.asarray(wq)
-    again = heads.move(params, axes, order, donate=True)["blocks"]["attn"]
-    np.testing.assert_array_equal(again["Wq"]["weight"], own[:, :, order.heads])
-    assert wq.is_deleted()
 
 
 def visited(cfg: ModelConfig, length: int) -> np.ndarray:

@@ -136,7 +136,7 @@ def _main(argv: list[str]) -> None:
         found, config, figures = cut(
             preset, topology, mesh, int(seq_len), int(rows), int(layers)
         )
-        estimate = analytic.train_step(config, figures.n_devices)
+        estimate = analytic.train_step(config, figures.n_devices, lanes=128)
         peaks = {"peak": figures.memory.peak, "estimate": estimate.memory.peak}
         state = dataclasses.asdict(figures.memory)
         guess = dataclasses.asdict(estimate.memory)

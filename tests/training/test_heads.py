@@ -28,8 +28,8 @@ DEALT = (0, 1, 6, 7, 2, 3, 4, 5)  # on two devices, in groups of two
 class Run:
     """Some steps on a mesh of ``tensor`` devices and fsdp on the rest."""
 
-    def __init__(self, tensor: int, n_devices: int):
-        self.config = config(**FIELDS)
+    def __init__(self, tensor: int, n_devices: int, **fields):
+        self.config = config(**FIELDS | fields)
         sizes = MeshConfig(fsdp=n_devices // tensor, tensor=tensor)
         self.mesh = partitioning.make_mesh(sizes, jax.devices()[:n_devices])
         with partitioning.use(self.mesh):
@@ -55,7 +55,7 @@ class Run:
             )
 
     def restore(self, folder) -> None:
-        struct = self.program.struct._asdict()
+        struct = self.program.stored._asdict()
         params = struct.pop("params")
         found = open_checkpoint(folder).restore(params, struct)
         items = {"params": found.params, **found.opt_state}
@@ -66,7 +66,7 @@ class Run:
 @pytest.fixture(scope="module")
 def one():
     run = Run(tensor=1, n_devices=1)
-    assert run.program.head_order is None
+    assert run.program.layout.head_order is None
     run.init()
     return run
 
@@ -74,7 +74,7 @@ def one():
 @pytest.fixture(scope="module")
 def two():
     run = Run(tensor=2, n_devices=4)
-    assert run.program.head_order.heads == DEALT
+    assert run.program.layout.head_order.heads == DEALT
     run.init()
     return run
 
