@@ -1,5 +1,6 @@
 """Properties of the model: who may influence whom, and what may not change anything."""
 
+import collections
 import dataclasses
 import functools
 import os
@@ -148,6 +149,35 @@ def test_remat_and_scan_change_nothing(remat, scan_layers):
         expected,
         got,
     )
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        # In and out of two norms; q, k, v and what attention gave; FFN before its act.
+        ({"remat": "none"}, {"stream": 4, "heads": 4, "lse": 1, "mlp": 1}),
+        ({"remat": "none", "ffn_config": {"ffn_type": "mptglu"}},
+         {"stream": 4, "heads": 4, "lse": 1, "mlp": 2}),
+        ({"remat": "full"}, {"stream": 1}),
+    ],
+)  # fmt: skip
+def test_what_the_backward_keeps_of_a_layer(fields, kept):
+    def residuals(n_layers):
+        cfg = small(scan_layers=False, n_layers=n_layers, **fields)
+        backward = jax.eval_shape(
+            lambda p: jax.vjp(lambda p: mpt.hidden_states(cfg, p, tokens()), p)[1],
+            mpt.abstract_params(cfg),
+        )
+        return cfg, collections.Counter(x.shape for x in jax.tree.leaves(backward))
+
+    (cfg, one), (_, two) = residuals(1), residuals(2)
+    B, L = tokens().shape
+    names = {
+        (B, L, cfg.d_model): "stream", (B, L, cfg.n_heads, cfg.d_head): "heads",
+        (B, L, cfg.n_heads): "lse", (B, L, cfg.d_mlp): "mlp",
+    }  # fmt: skip
+    got = {names.get(s, s): n for s, n in (two - one).items() if s[:2] == (B, L)}
+    assert got == kept
 
 
 def test_embedding_fraction_scales_the_lookup_gradient_only():
