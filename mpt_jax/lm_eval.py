@@ -127,8 +127,8 @@ def _scores(
     Returns: the sum of log P (float32); whether each token is the likeliest (bool).
     Numerics: float32 log-softmax over all rows of the head, as apply() gives them.
     """
-    # Nothing is copied: XLA sees through cutting apart again what is stacked here.
-    blocks = jax.tree.map(lambda *layers: jnp.stack(layers), *params["blocks"])
+    # Each leaf apart, as hidden_states takes it.
+    blocks = jax.tree.map(lambda *layers: layers, *params["blocks"])
     cfg = dataclasses.replace(cfg, scan_layers=False)
     x_BLE = mpt.hidden_states(cfg, {**params, "blocks": blocks}, tokens_BL[:, :-1])
     targets_BC = ends_B[:, None] + jnp.arange(1 - columns, 1)[None]

@@ -1,5 +1,6 @@
 """Scores against apply()'s log-softmax; then the harness itself, where it is there."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -89,6 +90,25 @@ def test_scores_are_those_of_apply(loaded, oracle):
         logprob, greedy = oracle(*pair)
         assert found[i].logprob == pytest.approx(logprob, rel=SCORE_RTOL)
         assert found[i].is_greedy == greedy
+
+
+def test_int8_scores_as_float32_where_nothing_is_rounded(loaded, params):
+    """Of entries that are all 127 * 2^-10 or its negative."""
+    exact = jax.tree.map(
+        lambda a: jnp.sign(a) * 127 * 2**-10 if a.ndim > 2 else a, params
+    )
+    exact["wte"]["weight"] = jnp.sign(params["wte"]["weight"]) * 127 * 2**-10
+    wide = weights.unstack(exact)
+    want, got = (
+        dict(lm_eval.score(
+            dataclasses.replace(loaded, params=p), pairs(4), max_length=MAX_LENGTH,
+            batch_size=4,
+        ))
+        for p in (wide, weights.quantize(wide))
+    )  # fmt: skip
+    for i in range(4):
+        assert got[i].logprob == pytest.approx(want[i].logprob, rel=SCORE_RTOL)
+        assert got[i].is_greedy == want[i].is_greedy
 
 
 def test_a_greedy_continuation_is_seen_as_one(loaded, cfg, params):

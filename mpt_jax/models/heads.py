@@ -15,8 +15,8 @@ devices; logits of standard deviation 1 (tests/models/test_heads.py measures the
 
 The order is a matter of memory alone. mpt.init makes the heads in their own order on
 any mesh; checkpoints and whatever reads them know no other; the optimizer's moments
-follow their parameters. training.step arranges the state it makes or is given, gives it
-back to be saved, and says with arranged() in which order its steps find the heads.
+follow their parameters. training/layout.py arranges a run's state and gives it back to
+be saved; training/step.py says with arranged() in which order its steps find the heads.
 """
 
 from __future__ import annotations

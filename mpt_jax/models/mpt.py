@@ -297,8 +297,9 @@ def apart(leaf: jax.Array) -> tuple[jax.Array, ...]:
 
 def _layers(blocks: Params) -> Iterator[Params]:
     """Each layer's tree, of leaves that are stacked or apart."""
-    leaves, treedef = jax.tree.flatten(blocks, is_leaf=lambda x: isinstance(x, tuple))
-    leaves = [a if isinstance(a, tuple) else apart(a) for a in leaves]
+    # A packed matrix may be a NamedTuple, which is no leaf.
+    leaves, treedef = jax.tree.flatten(blocks, is_leaf=lambda x: type(x) is tuple)
+    leaves = [a if type(a) is tuple else apart(a) for a in leaves]
     return map(treedef.unflatten, zip(*leaves, strict=True))
 
 

@@ -70,9 +70,11 @@ class Layout(NamedTuple):
         def one(axes: Axes, leaf: Any) -> jax.Array:
             if not self._moves(axes):
                 return leaf
-            where = leaf[0].sharding if self._cuts(axes) else leaf.sharding
             if self._cuts(axes):
-                where = NamedSharding(where.mesh, PartitionSpec(None, *where.spec))
+                layer = leaf[0].sharding
+                where = NamedSharding(layer.mesh, PartitionSpec(None, *layer.spec))
+            else:
+                where = leaf.sharding
             if on_host:
                 where = where.with_memory_kind("pinned_host")
             return jax.block_until_ready(_back(self, axes, where)(leaf))
