@@ -38,7 +38,7 @@ def config_of(command):
 def test_the_formula_is_near_what_the_compiler_said(path):
     values = json.loads(path.read_text())
     config, place = config_of(values["command"])
-    figures = analytic.train_step(config, place.n_devices)
+    figures = analytic.train_step(config, place.n_devices, lanes=place.chip.lanes)
     for exact in ("parameters", "optimizer", "batch"):
         assert getattr(figures.memory, exact) == pytest.approx(values["memory"][exact])
     peak = figures.memory.peak / GIB
