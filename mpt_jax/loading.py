@@ -121,6 +121,7 @@ def load(
     with _on(mesh):
         _check_split(cfg, mesh)
         params = _place(cfg, opened.parts, pack=pack, int8=int8, name=opened.name)
+        params = weights.settle(params)
     eos = opened.tokens.get("eos_token_id")
     eos_ids = {*(eos if isinstance(eos, list) else [eos]), found and found.eos_id}
     return Loaded(

@@ -123,7 +123,7 @@ def _service(flags: argparse.Namespace) -> Any:
         max_seq_len=max(cfg.max_seq_len, context),
     )  # fmt: skip
     params = jax.jit(mpt.init, static_argnums=0)(cfg, jax.random.key(0))
-    params = weights.unstack(params, consume=True)
+    params = weights.settle(weights.unstack(params, consume=True))
     engine = Engine(cfg, params, n_slots=most, capacity=context, vocab_size=ASCII)
     engine.warm_up()
     return Service(

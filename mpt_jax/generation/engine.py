@@ -41,6 +41,10 @@ FinishReason = Literal["stop", "length", "cancelled", "error"]
 SMALLEST_CHUNK = 32  # a prompt's end is padded to this, or twice it, and so on
 FIRST_REACH = 512  # columns that a chunk attends to: so many, or four times, and so on
 FIRST_CAPACITY = 256  # of a cache that grows
+# A call costs the host about 1 ms, which shows where the devices are done soon: where
+# the weights are fewer bytes, tokens are asked for so many at a time.
+FEW_BYTES = 2**30
+TOKENS_PER_CALL = 4
 # Shorter common beginnings of two prompts are not worth copying a slot for.
 MIN_COPIED = 32
 
@@ -159,6 +163,9 @@ class Engine:
       vocab_size: ids that may be drawn; default all rows of the head.
       eos_ids: end a request.
       prefill_chunk: tokens of a prompt per step, so that others go on meanwhile.
+      tokens_per_call: of each slot, while no request waits; default TOKENS_PER_CALL
+        for a model of FEW_BYTES, else 1. What is drawn is the same; tokens come in
+        bursts of so many, and up to twice as many are computed in vain after the last.
       grow: start with a small cache and double it when a request needs it (one user);
         otherwise all is allocated now (a server).
     Raises: UserError: a capacity beyond learned positions; a cache that does not fit,
@@ -175,6 +182,7 @@ class Engine:
         vocab_size: int | None = None,
         eos_ids: Sequence[int] = (),
         prefill_chunk: int = 512,
+        tokens_per_call: int | None = None,
         grow: bool = False,
     ):
         if cfg.has_wpe and capacity > cfg.max_seq_len:
@@ -194,6 +202,9 @@ class Engine:
         self.counters = Counters()
         self._mesh = partitioning.current_mesh()
         self._chunk = prefill_chunk
+        n_bytes = sum(a.nbytes for a in jax.tree.leaves(params))
+        default = TOKENS_PER_CALL if n_bytes < FEW_BYTES else 1
+        self._at_once = tokens_per_call or default
         self._clock = 0
         self._warned = False
         self._waiting: collections.deque[_Active] = collections.deque()
@@ -205,7 +216,13 @@ class Engine:
         self._slots = [_Slot(i, np.zeros(columns, np.int32)) for i in range(n_slots)]
         with self._on_mesh():
             self._check_memory(columns)
-            self._state = programs.make_state(cfg, n_slots, columns)
+            state = programs.make_state(cfg, n_slots, columns)
+            if self._mesh is None:
+                # As firmly there as the params, which make it so with the first step:
+                # else the programs would be compiled again.
+                (device,) = jax.tree.leaves(params)[0].devices()
+                state = jax.device_put(state, device)
+            self._state = state
 
     # ----------------------------------------------------------------------- requests
 
@@ -272,7 +289,7 @@ class Engine:
     # ----------------------------------------------------------------------- the step
 
     def step(self) -> list[Event]:
-        """Admits, prefills at most one chunk, decodes one token of each busy slot.
+        """Admits, prefills at most one chunk, decodes the next of each busy slot.
 
         The tokens are those of the step before, while the devices compute these.
         """
@@ -297,7 +314,8 @@ class Engine:
             self._set_row(0, Sampling(temperature=0.0), (), ())
             self._copy(0, 0)
             for size in _sizes(self.n_slots, 1):
-                self._run_decode(np.full(size, -1, np.int32))
+                for n in {1, self._at_once}:
+                    self._run_decode(n, np.full(size, -1, np.int32))
             for length in _sizes(self._longest_chunk(), SMALLEST_CHUNK):
                 for reach in _reaches(columns, length):
                     ids = np.zeros(length, np.int32)
@@ -393,17 +411,22 @@ class Engine:
         return _Pending(drawn, ((0, active),) if done else (), scored)
 
     def _decode(self) -> _Pending | None:
-        """The next token of every slot whose prompt is read."""
+        """The next token, or some, of every slot whose prompt is read."""
         live = [s.active for s in self._slots if s.active and s.active.decoding]
         if not live:
             return None
         top = max(active.slot for active in live) + 1
         size = next(n for n in _sizes(self.n_slots, 1) if n >= top)
+        n = self._at_once
+        left = min(a.request.sampling.max_tokens - a.n_asked for a in live)
+        if self._waiting or self._prefilling is not None or left < n:
+            n = 1
         lengths_B = np.full(size, -1, np.int32)
         for active in live:
             lengths_B[active.slot] = active.n_fed
-            active.n_asked += 1
-        return _Pending(self._run_decode(lengths_B), tuple((a.slot, a) for a in live))
+            active.n_asked += n
+        drawn = self._run_decode(n, lengths_B)
+        return _Pending(drawn, tuple((a.slot, a) for a in live))
 
     # ------------------------------------------------------------------- on the devices
 
@@ -418,9 +441,9 @@ class Engine:
         )  # fmt: skip
         return x_LE, drawn
 
-    def _run_decode(self, lengths_B: np.ndarray) -> Drawn:
+    def _run_decode(self, n: int, lengths_B: np.ndarray) -> Drawn:
         drawn, self._state = programs.decode(
-            self.cfg, self.vocab_size, self.params, self._state, lengths_B
+            self.cfg, self.vocab_size, n, self.params, self._state, lengths_B
         )
         drawn.id_B.copy_to_host_async()
         return drawn
@@ -475,11 +498,13 @@ class Engine:
             return []
         wants = any(a.request.sampling.logprobs is not None for _, a in live)
         drawn = jax.device_get(pending.drawn if wants else pending.drawn.id_B)
-        ids = (drawn.id_B if wants else drawn).tolist()
-        return [
-            self._tell(active, ids[row], drawn if wants else None, row)
-            for row, active in live
-        ]
+        events = []
+        for n, ids_B in enumerate((drawn.id_B if wants else drawn).tolist()):
+            one = Drawn(*(a[n] for a in drawn)) if wants else None
+            for row, active in live:
+                if not active.finished:  # by a token before
+                    events.append(self._tell(active, ids_B[row], one, row))
+        return events
 
     def _keep_scores(self, active: _Active, first: int, n: int, arrays: Any) -> None:
         logprob, top_id, top_logprob = arrays

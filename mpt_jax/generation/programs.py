@@ -54,7 +54,7 @@ def prefill(
     """Reads ``n`` tokens (and padding) from position ``start`` on into a slot.
 
     total: the prompt's length. The chunk that reaches it draws the first new token.
-    Returns: the chunk's states x_LE, what was drawn (B = 1), the state.
+    Returns: the chunk's states x_LE, what was drawn (B = 1) as by decode, the state.
     """
     n_prefix = total if cfg.attn_config.prefix_lm else None
     x_LE, cache = mpt.prefill(
@@ -69,30 +69,44 @@ def prefill(
         live_B=end_1 == total, vocab_size=vocab_size,
     )  # fmt: skip
     token_B = state.token_B.at[slots_1].set(drawn.id_B)
+    drawn = jax.tree.map(lambda a: a[None], drawn)
     return x_LE, drawn, _placed(State(cache, rows, token_B))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def decode(
     cfg: ModelConfig,
     vocab_size: int,
+    n: int,
     params: mpt.Params,
     state: State,
     lengths_B: jax.Array,
 ) -> tuple[Drawn, State]:
-    """Appends each slot's last token and draws the next; length -1: not this one."""
-    slots_B = jnp.arange(lengths_B.shape[0])
-    token_B, live_B = state.token_B[: len(slots_B)], lengths_B >= 0
-    x_B1E, cache = mpt.decode(
-        cfg, params, state.cache, jnp.where(live_B, token_B, 0)[:, None], lengths_B
-    )
-    logits_BV = _whole(mpt.logits(cfg, params, x_B1E)[:, 0])
-    drawn, rows = sampling.draw(
-        logits_BV, state.rows, slots_B=slots_B, position_B=lengths_B + 1,
-        live_B=live_B, vocab_size=vocab_size,
-    )  # fmt: skip
-    token_B = state.token_B.at[slots_B].set(jnp.where(live_B, drawn.id_B, token_B))
-    return drawn, _placed(State(cache, rows, token_B))
+    """``n`` times: appends each slot's last token and draws the next.
+
+    lengths_B: what a slot holds; -1: not this one. Returns: what was drawn, with a
+    leading dim n; the state.
+    """
+    slots_B, live_B = jnp.arange(lengths_B.shape[0]), lengths_B >= 0
+
+    def one(state: State, i: jax.Array) -> tuple[State, Drawn]:
+        token_B = state.token_B[: len(slots_B)]
+        at_B = jnp.where(live_B, lengths_B + i, -1)
+        x_B1E, cache = mpt.decode(
+            cfg, params, state.cache, jnp.where(live_B, token_B, 0)[:, None], at_B
+        )
+        logits_BV = _whole(mpt.logits(cfg, params, x_B1E)[:, 0])
+        drawn, rows = sampling.draw(
+            logits_BV, state.rows, slots_B=slots_B, position_B=at_B + 1,
+            live_B=live_B, vocab_size=vocab_size,
+        )  # fmt: skip
+        token_B = state.token_B.at[slots_B].set(
+            jnp.where(live_B, drawn.id_B, token_B)
+        )
+        return _placed(State(cache, rows, token_B)), drawn
+
+    state, drawn = lax.scan(one, state, jnp.arange(n, dtype=jnp.int32))
+    return drawn, state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

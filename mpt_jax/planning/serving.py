@@ -85,7 +85,7 @@ def _compile(cfg: ModelConfig, mesh: Mesh, what: str, load: Load) -> Figures:
 
     if what == "decode":
         tokens, reach = load.slots, float(load.capacity)
-        args = cfg, cfg.vocab_size, params, state, number(load.slots)
+        args = cfg, cfg.vocab_size, 1, params, state, number(load.slots)
         traced = programs.decode.trace(*args)
     else:
         tokens, reach = load.chunk, load.capacity - load.chunk / 2

@@ -154,6 +154,39 @@ def test_any_chunk_gives_the_same():
         )
 
 
+@pytest.mark.parametrize("n", [1, 3, 8])
+def test_any_number_of_tokens_per_call_gives_the_same(n):
+    engine = make(tokens_per_call=n)
+    requests = [
+        Request(str(i), PROMPTS[i], Sampling(max_tokens=8, seed=i, logprobs=2))
+        for i in range(SLOTS + 2)
+    ]
+    events = finish(engine, *requests)
+    for i, request in enumerate(requests):
+        (alone,) = finish(make(tokens_per_call=1), request).values()
+        assert ids_of(events[str(i)]) == ids_of(alone)
+        for got, want in zip(events[str(i)], alone, strict=True):
+            assert [t.id for t in got.logprobs] == [t.id for t in want.logprobs]
+            np.testing.assert_allclose(
+                [t.logprob for t in got.logprobs], [t.logprob for t in want.logprobs],
+                atol=1e-5,
+            )  # fmt: skip
+
+
+def test_what_is_drawn_after_a_stop_in_the_same_call_is_not_told():
+    prompt = tuple(PROMPTS[6])
+    want = continued(prompt, 8)
+    at = next(i for i in range(2, 8) if want[i] not in want[:i])
+    engine = make(tokens_per_call=8)
+    s = Sampling(temperature=0.0, max_tokens=20, stop_ids=(want[at],))
+    assert one(engine, prompt, s) == want[:at]
+    assert engine.counters.generated_tokens == at + 1
+    # Nor is it taken for a part of what the slot remembers.
+    turn = (*prompt, *want[: at + 1], 5, 6, 7)
+    assert one(engine, turn) == continued(turn, 8)
+    assert engine.counters.cached_tokens == len(prompt) + at + 1
+
+
 def test_the_next_turn_reads_only_what_is_new():
     engine = make()
     prompt = tuple(PROMPTS[6])
@@ -371,6 +404,27 @@ def test_the_mesh_changes_no_greedy_token(mesh):
     events = finish(engine, *requests)
     for i in (0, 2):
         assert ids_of(events[str(i)]) == continued(tuple(PROMPTS[i]), 8)
+
+
+@pytest.mark.parametrize("committed", [False, True])
+def test_after_warming_up_nothing_is_compiled(committed):
+    params = jax.device_put(serving(), jax.devices()[0] if committed else None)
+    engine = Engine(CFG, params, n_slots=2, capacity=MAX_LEN, prefill_chunk=CHUNK)
+    engine.warm_up()
+    compiled = []
+
+    def listen(event, seconds, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(kwargs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        finish(engine, *(Request(str(i), p, GREEDY) for i, p in enumerate(PROMPTS)))
+        assert compiled == []
+        jax.jit(lambda x: x + len(compiled))(1)  # as it would be seen
+        assert compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 def test_warming_up_leaves_no_trace():

@@ -1,6 +1,7 @@
 """The cache itself: slots do not touch each other, and its norms stay true bounds."""
 
 import functools
+import mmap
 
 import jax
 import jax.numpy as jnp
@@ -179,7 +180,7 @@ def test_three_passes_lose_nothing_of_float32():
     w = jax.random.normal(jax.random.key(0), (48, 256)).astype(jnp.bfloat16)
     x = jax.random.normal(jax.random.key(1), (5, 256))
     exact = np.asarray(x, np.float64) @ np.asarray(w, np.float64).T
-    got = jax.jit(lambda x: ThreePass(w, 1).matmul(x))(x)
+    got = jax.jit(lambda x: ThreePass.of(w, 1).matmul(x))(x)
     size = np.abs(np.asarray(x, np.float64)) @ np.abs(np.asarray(w, np.float64)).T
     assert (np.abs(got - exact) <= FLOAT32_SUM * size).all()
     rounded = np.asarray(x.astype(jnp.bfloat16), np.float64) @ np.asarray(w).T
@@ -190,7 +191,7 @@ def test_three_passes_lose_nothing_of_float32():
 def test_three_passes_keep_every_bit(rows):
     """Times the identity: each third has bits that nothing else has."""
     x = jax.random.normal(jax.random.key(2), (rows, 32))
-    eye = ThreePass(jnp.eye(32, dtype=jnp.bfloat16), 1)
+    eye = ThreePass.of(jnp.eye(32, dtype=jnp.bfloat16), 1)
     np.testing.assert_array_equal(jax.jit(eye.matmul)(x), x)
 
 
@@ -207,3 +208,20 @@ def test_a_bfloat16_checkpoint_computes_the_same_in_three_passes():
         states = jnp.concatenate([x_LE[None], x_11E], axis=1)  # many rows, and few
         both.append(mpt.logits(CFG, one, states))
     np.testing.assert_allclose(*both, **REORDERED)
+
+
+def test_settling_changes_no_bit_and_frees_what_it_copied():
+    params = {"a": jnp.arange(7.0), "b": (jnp.ones((3, 5), jnp.bfloat16), jnp.int8(3))}
+    want, old = jax.tree.map(np.asarray, params), jax.tree.leaves(params)
+    devices = jax.devices()[:2]
+    spread = jax.device_put(
+        jnp.arange(8), jax.NamedSharding(jax.make_mesh((2,), ("x",), devices=devices),
+                                         jax.P("x"))
+    )  # fmt: skip
+    got = weights.settle({**params, "c": spread})
+    assert got.pop("c") is spread
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        assert all(a.is_deleted() for a in old)
+        first, *rest = (a.unsafe_buffer_pointer() for a in jax.tree.leaves(got))
+        assert all(0 < p - first < 4096 and p % 64 == 0 for p in rest)  # no more copies
