@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import pathlib
 import statistics
 import sys
@@ -225,14 +226,14 @@ def _ours(
         for i in range(load.batch):  # ids never seen before: nothing is reused
             prompt = rng.integers(cfg.vocab_size, size=load.prompt).tolist()
             engine.submit(Request(str(i), prompt, greedy))
-        steps = []
+        steps: list[list[float]] = []
         while not engine.idle:
             begin = time.perf_counter()
             told = sum(len(event.ids) for event in engine.step())
             n, rest = divmod(told, load.batch)
             if n and not rest:  # several tokens of each: their share
                 steps.append([(time.perf_counter() - begin) / n] * n)
-        return sum(steps[1:], [])  # the first waited for a prompt
+        return list(itertools.chain(*steps[1:]))  # the first waited for a prompt
 
     return run
 

@@ -100,9 +100,7 @@ def decode(
             logits_BV, state.rows, slots_B=slots_B, position_B=at_B + 1,
             live_B=live_B, vocab_size=vocab_size,
         )  # fmt: skip
-        token_B = state.token_B.at[slots_B].set(
-            jnp.where(live_B, drawn.id_B, token_B)
-        )
+        token_B = state.token_B.at[slots_B].set(jnp.where(live_B, drawn.id_B, token_B))
         return _placed(State(cache, rows, token_B)), drawn
 
     state, drawn = lax.scan(one, state, jnp.arange(n, dtype=jnp.int32))

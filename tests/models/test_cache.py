@@ -187,11 +187,14 @@ def test_three_passes_lose_nothing_of_float32():
     assert (np.abs(rounded - exact) > FLOAT32_SUM * size).mean() > 0.5
 
 
-@pytest.mark.parametrize("rows", [1, 64], ids=["few", "many"])
-def test_three_passes_keep_every_bit(rows):
+@pytest.mark.parametrize(
+    ("rows", "n"), [(1, 32), (2, 33), (9, 32), (64, 32)],
+    ids=["pairs", "a pair left over", "no pairs", "many"],
+)  # fmt: skip
+def test_three_passes_keep_every_bit(rows, n):
     """Times the identity: each third has bits that nothing else has."""
-    x = jax.random.normal(jax.random.key(2), (rows, 32))
-    eye = ThreePass.of(jnp.eye(32, dtype=jnp.bfloat16), 1)
+    x = jax.random.normal(jax.random.key(2), (rows, n))
+    eye = ThreePass.of(jnp.eye(n, dtype=jnp.bfloat16), 1)
     np.testing.assert_array_equal(jax.jit(eye.matmul)(x), x)
 
 
