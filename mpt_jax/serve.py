@@ -140,7 +140,9 @@ def make_service(flags: argparse.Namespace, key: str | None) -> tuple[Service, s
     loaded = loading.load(**verbs.checkpoint_arguments(flags))
     tokenizer = loaded.need_tokenizer()
     template, no_chat = choose_template(flags.template, loaded)
-    engine = loaded.engine(n_slots=flags.slots, capacity=flags.capacity)
+    engine = loaded.engine(
+        n_slots=flags.slots, capacity=flags.capacity, tokens_per_call=1
+    )
     context, trained = engine.capacity, loaded.cfg.max_seq_len
     if context > trained:
         server.say(

@@ -124,7 +124,9 @@ def _service(flags: argparse.Namespace) -> Any:
     )  # fmt: skip
     params = jax.jit(mpt.init, static_argnums=0)(cfg, jax.random.key(0))
     params = weights.settle(weights.unstack(params, consume=True))
-    engine = Engine(cfg, params, n_slots=most, capacity=context, vocab_size=ASCII)
+    engine = Engine(
+        cfg, params, n_slots=most, capacity=context, vocab_size=ASCII, tokens_per_call=1
+    )
     engine.warm_up()
     return Service(
         worker=Worker(engine, most=most),

@@ -42,9 +42,11 @@ SMALLEST_CHUNK = 32  # a prompt's end is padded to this, or twice it, and so on
 FIRST_REACH = 512  # columns that a chunk attends to: so many, or four times, and so on
 FIRST_CAPACITY = 256  # of a cache that grows
 # A call costs the host about 1 ms, which shows where the devices are done soon: where
-# the weights are fewer bytes, tokens are asked for so many at a time.
+# the weights are fewer bytes, tokens are asked for so many at a time. Compiling that
+# takes about 2 s, which so many tokens pay for.
 FEW_BYTES = 2**30
 TOKENS_PER_CALL = 4
+WORTH_COMPILING = 2000
 # Shorter common beginnings of two prompts are not worth copying a slot for.
 MIN_COPIED = 32
 
@@ -163,9 +165,10 @@ class Engine:
       vocab_size: ids that may be drawn; default all rows of the head.
       eos_ids: end a request.
       prefill_chunk: tokens of a prompt per step, so that others go on meanwhile.
-      tokens_per_call: of each slot, while no request waits; default TOKENS_PER_CALL
-        for a model of FEW_BYTES, else 1. What is drawn is the same; tokens come in
-        bursts of so many, and up to twice as many are computed in vain after the last.
+      tokens_per_call: of each slot, while no request waits, after warm_up() or where
+        many are to come; default TOKENS_PER_CALL for a model of FEW_BYTES, else 1. A
+        server wants 1: what is drawn is the same, but comes in bursts of so many, and
+        after a stop twice as many may be computed in vain, while a newcomer waits.
       grow: start with a small cache and double it when a request needs it (one user);
         otherwise all is allocated now (a server).
     Raises: UserError: a capacity beyond learned positions; a cache that does not fit,
@@ -205,6 +208,7 @@ class Engine:
         n_bytes = sum(a.nbytes for a in jax.tree.leaves(params))
         default = TOKENS_PER_CALL if n_bytes < FEW_BYTES else 1
         self._at_once = tokens_per_call or default
+        self._at_once_compiled: set[int] = set()  # for so many slots
         self._clock = 0
         self._warned = False
         self._waiting: collections.deque[_Active] = collections.deque()
@@ -316,6 +320,7 @@ class Engine:
             for size in _sizes(self.n_slots, 1):
                 for n in {1, self._at_once}:
                     self._run_decode(n, np.full(size, -1, np.int32))
+                self._at_once_compiled.add(size)
             for length in _sizes(self._longest_chunk(), SMALLEST_CHUNK):
                 for reach in _reaches(columns, length):
                     ids = np.zeros(length, np.int32)
@@ -417,10 +422,13 @@ class Engine:
             return None
         top = max(active.slot for active in live) + 1
         size = next(n for n in _sizes(self.n_slots, 1) if n >= top)
-        n = self._at_once
+        n, compiled = self._at_once, size in self._at_once_compiled
+        enough = n if compiled else max(n, WORTH_COMPILING)
         left = min(a.request.sampling.max_tokens - a.n_asked for a in live)
-        if self._waiting or self._prefilling is not None or left < n:
+        if self._waiting or self._prefilling is not None or left < enough:
             n = 1
+        else:
+            self._at_once_compiled.add(size)
         lengths_B = np.full(size, -1, np.int32)
         for active in live:
             lengths_B[active.slot] = active.n_fed

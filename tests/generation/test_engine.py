@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mpt_jax import partitioning
 from mpt_jax.config import MeshConfig, ModelConfig, parse
 from mpt_jax.errors import UserError
+from mpt_jax.generation import engine as engine_module
 from mpt_jax.generation import memory, text
 from mpt_jax.generation.engine import Engine, Request
 from mpt_jax.generation.sampling import Sampling
@@ -46,6 +47,14 @@ def params():
 @functools.cache
 def serving():
     return weights.unstack(jax.tree.map(jax.numpy.asarray, params()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def several_tokens_per_call():
+    """Wherever there may be, though no request here is long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "WORTH_COMPILING", 0)
+        yield
 
 
 @functools.cache
@@ -171,6 +180,25 @@ def test_any_number_of_tokens_per_call_gives_the_same(n):
                 [t.logprob for t in got.logprobs], [t.logprob for t in want.logprobs],
                 atol=1e-5,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "warm", "most"), [(20, False, 4), (11, False, 1), (11, True, 4)]
+)
+def test_calls_of_several_tokens_must_be_worth_compiling(
+    max_tokens, warm, most, monkeypatch
+):
+    monkeypatch.setattr(engine_module, "WORTH_COMPILING", 12)
+    engine = make(n_slots=1, tokens_per_call=4)
+    if warm:
+        engine.warm_up()
+    s = Sampling(temperature=0.0, max_tokens=max_tokens)
+    engine.submit(Request("a", PROMPTS[0], s))
+    told = []
+    while not engine.idle:
+        told.append(sum(len(event.ids) for event in engine.step()))
+    assert sum(told) == max_tokens
+    assert max(told[2:]) == most  # the first come with the prompt's
 
 
 def test_what_is_drawn_after_a_stop_in_the_same_call_is_not_told():
