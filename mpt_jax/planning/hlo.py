@@ -76,12 +76,18 @@ def shape_bytes(shape: str, *, hbm_only: bool = False) -> int:
     >>> shape_bytes("f32[8]{0:T(128)S(1)}", hbm_only=True)
     0
     """
-    total = 0
-    for dtype, dims, layout in _ARRAY.findall(shape):
-        if hbm_only and re.search(r"S\([1-9]", layout):
-            continue  # S(1) and on are on-chip memories
-        total += math.prod(int(d) for d in dims.split(",") if d) * _BITS[dtype] // 8
-    return total
+    return sum(array_bytes(shape, hbm_only=hbm_only))
+
+
+def array_bytes(shape: str, *, hbm_only: bool = False) -> list[int]:
+    """As shape_bytes, of each array; 0 for one in on-chip memory, if hbm_only."""
+    # S(1) and on are on-chip memories.
+    return [
+        0
+        if hbm_only and re.search(r"S\([1-9]", layout)
+        else math.prod(int(d) for d in dims.split(",") if d) * _BITS[dtype] // 8
+        for dtype, dims, layout in _ARRAY.findall(shape)
+    ]
 
 
 def parse(text: str) -> Module:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
-from mpt_jax.planning.hlo import Computation, Instruction, Module, executed, shape_bytes
+from mpt_jax.planning.hlo import (
+    Computation,
+    Instruction,
+    Module,
+    array_bytes,
+    executed,
+    shape_bytes,
+)
 
 
 def matmul_flops(jaxpr: Any) -> float:
@@ -100,7 +109,9 @@ _FREE = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while", "call",
     "conditional", "after-all", "partition-id", "replica-id", "iota",
 }  # fmt: skip
+_FREE_CALLS = {"AllocateBuffer", "ConcatBitcast"}  # of libtpu
 _SLICES = {"dynamic-slice", "slice", "gather"}
+_SAME = {"bitcast", "convert", "copy"}
 
 
 def hbm_bytes(module: Module) -> int:
@@ -108,7 +119,7 @@ def hbm_bytes(module: Module) -> int:
 
     Of each instruction (a fusion is one) its operands and results, as far as they are
     not in on-chip memory; of an operand that is only sliced, and of a buffer that is
-    updated in place, only the slice.
+    updated in place, only the slice, however deep in a fusion that happens.
     """
     return sum(
         times * _traffic(module, instruction, computation)
@@ -117,62 +128,81 @@ def hbm_bytes(module: Module) -> int:
 
 
 def _traffic(module: Module, instruction: Instruction, around: Computation) -> int:
-    opcode, out = instruction.opcode, shape_bytes(instruction.shape, hbm_only=True)
-    if opcode in _FREE:
+    opcode, out = instruction.opcode, array_bytes(instruction.shape, hbm_only=True)
+    if opcode in _FREE or _target(instruction) in _FREE_CALLS:
         return 0
     if opcode.endswith("-done"):
-        return out
+        return sum(out)
     operands = [
         shape_bytes(around[name].shape, hbm_only=True) for name in instruction.operands
     ]
+    if opcode == "slice-start":  # (operand, slice, context)
+        return min(operands[0], array_bytes(instruction.shape)[1])
     if opcode.endswith("-start"):
         return sum(operands)  # its result counts where it is done
     if opcode in _SLICES:
-        return out + min(out, operands[0])
+        return sum(out) + min(sum(out), operands[0])
     if opcode == "dynamic-update-slice":
         return 2 * operands[1]
     if opcode == "fusion":
         body = module.computations[instruction.called("calls")]
-        return _fused(body, operands, out)
-    return out + sum(operands)
+        read = [_read(module, body, n) for n in range(len(operands))]
+        written = _written(module, body, body[body.root])
+        return sum(map(min, operands, read)) + sum(map(min, out, written))
+    return sum(out) + sum(operands)
 
 
-def _fused(body: Computation, operands: list[int], out: int) -> int:
-    """A fusion reads its parameters once; an aliased update writes its slice only."""
-    users: dict[str, list[Instruction]] = {}
-    for instruction in body:
-        for name in instruction.operands:
-            users.setdefault(name, []).append(instruction)
-    read = 0
-    for instruction in body:
-        if instruction.opcode != "parameter":
-            continue
-        size = operands[int(instruction.arguments)]
-        read += min(
-            size, sum(_part(u, instruction, size) for u in _through(users, instruction))
-        )
-    root = body[body.root]
-    while root.opcode in ("bitcast", "copy", "convert"):
-        root = body[root.operands[0]]
-    if root.opcode == "dynamic-update-slice":
-        out = min(out, shape_bytes(body[root.operands[1]].shape))
-    return read + out
+def _target(instruction: Instruction) -> str | None:
+    match = re.search(r'custom_call_target="(\w+)"', instruction.attributes)
+    return match and match[1]
 
 
-def _through(
-    users: dict[str, list[Instruction]], value: Instruction
-) -> list[Instruction]:
-    """Those that use a value, looking through changes of its type alone."""
-    found = []
-    for user in users.get(value.name, []):
-        same = user.opcode in ("bitcast", "convert")
-        found += _through(users, user) or [user] if same else [user]
-    return found
+def _read(module: Module, body: Computation, number: int) -> int:
+    """Bytes that a fusion takes of its parameter ``number``."""
+    (value,) = (
+        i for i in body if i.opcode == "parameter" and int(i.arguments) == number
+    )
+    taken = sum(_taken(module, user, of) for user, of in _users(body, value))
+    return min(taken, shape_bytes(value.shape))
 
 
-def _part(user: Instruction, value: Instruction, size: int) -> int:
+def _users(
+    body: Computation, value: Instruction
+) -> Iterator[tuple[Instruction, Instruction]]:
+    """Those that use a value, looking through changes of its type alone, and what of
+    it each takes."""
+    for user in body:
+        if value.name in user.operands:
+            if user.opcode in _SAME and user.name != body.root:
+                yield from _users(body, user)
+            else:
+                yield user, value
+
+
+def _taken(module: Module, user: Instruction, value: Instruction) -> int:
+    """Bytes of ``value`` that ``user`` reads."""
     if user.opcode in _SLICES:
         return shape_bytes(user.shape)
     if user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
         return 0
-    return size
+    if user.opcode == "fusion":
+        body = module.computations[user.called("calls")]
+        places = [n for n, name in enumerate(user.operands) if name == value.name]
+        return sum(_read(module, body, n) for n in places)
+    return shape_bytes(value.shape)
+
+
+def _written(module: Module, body: Computation, value: Instruction) -> list[int]:
+    """Bytes that a fusion writes of each array of ``value``, in ``body``."""
+    if value.opcode == "tuple":
+        each = (_written(module, body, body[name]) for name in value.operands)
+        return list(itertools.chain(*each))
+    source = value
+    while source.opcode in _SAME:
+        source = body[source.operands[0]]
+    if source.opcode == "dynamic-update-slice":
+        return [shape_bytes(body[source.operands[1]].shape)]
+    if source.opcode == "fusion":
+        inner = module.computations[source.called("calls")]
+        return _written(module, inner, inner[inner.root])
+    return array_bytes(value.shape)

@@ -177,6 +177,53 @@ ENTRY %main (x: f32[10,256], i: s32[]) -> f32[256] {
     assert work.hbm_bytes(hlo.parse(text)) == 2 * 256 * 4
 
 
+def test_hbm_bytes_see_slices_within_fusions_of_fusions():
+    """The backward of a scanned layer on TPUs: of what all layers keep, a product takes
+    its layer's part, cut out in a fusion within; two arrays come out, of which one is
+    written into what all layers keep."""
+    text = """
+%cut (p: f32[10,256], i: s32[]) -> f32[256] {
+  %p = f32[10,256]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %d = f32[1,256]{1,0} dynamic-slice(%p, %i, %zero), dynamic_slice_sizes={1,256}
+  ROOT %b = f32[256]{0} bitcast(%d)
+}
+
+%layer (kept: f32[10,256], i: s32[], into: f32[10,256]) -> (f32[10,256], f32[256]) {
+  %kept = f32[10,256]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %into = f32[10,256]{1,0} parameter(2)
+  %zero = s32[] constant(0)
+  %own = f32[256]{0} fusion(%kept, %i), kind=kLoop, calls=%cut
+  %twice = f32[256]{0} add(%own, %own)
+  %row = f32[1,256]{1,0} bitcast(%twice)
+  %all = f32[10,256]{1,0} dynamic-update-slice(%into, %row, %i, %zero)
+  ROOT %both = (f32[10,256]{1,0}, f32[256]{0}) tuple(%all, %twice)
+}
+
+ENTRY %main (kept: f32[10,256], i: s32[]) -> (f32[10,256], f32[256]) {
+  %kept = f32[10,256]{1,0} parameter(0)
+  %i = s32[]{:S(6)} parameter(1)
+  %into = f32[10,256]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %f = (f32[10,256]{1,0}, f32[256]{0}) fusion(%kept, %i, %into), calls=%layer
+}
+"""
+    assert work.hbm_bytes(hlo.parse(text)) == 3 * 256 * 4
+
+
+def test_hbm_bytes_of_a_slice_that_is_fetched_in_advance():
+    text = """
+ENTRY %main (x: f32[10,256]) -> f32[2,256] {
+  %x = f32[10,256]{1,0} parameter(0)
+  %begun = ((f32[10,256]{1,0}), f32[2,256]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x)
+  %near = f32[2,256]{1,0:S(1)} slice-done(%begun)
+  ROOT %far = f32[2,256]{1,0} negate(%near)
+}
+"""
+    assert work.hbm_bytes(hlo.parse(text)) == 2 * 2 * 256 * 4
+
+
 def test_bytes_of_shapes():
     shape = "(bf16[2,3]{1,0:T(8,128)(2,1)S(1)}, /*index=1*/f32[4]{0}, u32[])"
     assert hlo.shape_bytes(shape) == 12 + 16 + 4
