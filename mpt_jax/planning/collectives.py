@@ -18,6 +18,12 @@ KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "ragged-all-to-all",
     "collective-permute", "collective-broadcast",
 )  # fmt: skip
+# Which attribute of an instruction names its own program; the last two are how libtpu,
+# older and newer, leaves one to the sparse cores.
+_BODIES = {
+    "fusion": "calls", "async-start": "calls", "call-start": "to_apply",
+    "custom-call-start": "called_computations",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,21 +92,23 @@ def _each(module: Module, mesh: Mapping[str, int]) -> Iterator[Found]:
                 started,
                 times,
             )
-        inner = instruction.called("calls")
-        if inner is None or instruction.opcode not in ("fusion", "async-start"):
+        body = _BODIES.get(instruction.opcode)
+        inner = body and instruction.called(body)
+        if inner is None:
             continue
-        for part, body in _collectives_in(module, inner):
+        for part, around in _collectives_in(module, inner):
             # An asynchronous one stands in several fusions of one channel: where it
             # starts, where it goes on beside a matmul, and where it is done.
             channel = re.search(r"channel_id=(\d+)", part.attributes)
             key = channel[1] if channel else f"{inner}/{part.name}"
-            asynchronous = "async" in instruction.name + instruction.opcode + inner
+            started = instruction.opcode.endswith("-start")
+            asynchronous = started or "async" in instruction.name + inner
             before = fused.get(key)
             if before is None or times < before[-1]:
                 # What a TPU sums and slices in one is called after what it does.
-                scatter = body.name.startswith("all-reduce-scatter")
+                scatter = around.name.startswith("all-reduce-scatter")
                 kind = "reduce-scatter" if scatter else part.opcode
-                size = _operand_bytes(part, body)
+                size = _operand_bytes(part, around)
                 fused[key] = [kind, _groups(part, n), size, asynchronous, times]
             fused[key][3] |= asynchronous
     for found in fused.values():

@@ -35,7 +35,7 @@ class Instruction:
 
     def called(self, key: str) -> str | None:
         """The computation that attribute ``key`` names."""
-        match = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
+        match = re.search(rf"\b{key}=\{{?%?([\w.\-]+)", self.attributes)
         return match[1] if match else None
 
     def branches(self) -> list[str]:

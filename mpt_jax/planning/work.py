@@ -140,6 +140,8 @@ def _traffic(module: Module, instruction: Instruction, around: Computation) -> i
         return min(operands[0], array_bytes(instruction.shape)[1])
     if opcode.endswith("-start"):
         return sum(operands)  # its result counts where it is done
+    if opcode.endswith("-update"):
+        return sum(operands[1:])  # of what has started
     if opcode in _SLICES:
         return sum(out) + min(sum(out), operands[0])
     if opcode == "dynamic-update-slice":

@@ -157,6 +157,38 @@ def test_a_scan_of_a_sharded_product_counts_as_it_runs():
     assert work.matmul_flops(traced.jaxpr.jaxpr) == 3 * 2 * 8 * 16 * 16
 
 
+SPARSE_CORE = {
+    "libtpu 0.0.42": """
+  %g = ((f32[64,256]{1,0}), f32[256,256]{1,0}) call-start(%x), to_apply=%gather
+  ROOT %done = f32[256,256]{1,0} call-done(%g)
+""",
+    "libtpu 0.0.52": """
+  %g = ((), (), (s32[8192]{0:S(4)})) custom-call-start(), called_computations={%gather}
+  %u = ((f32[64,256]{1,0}), f32[256,256]{1,0}) custom-call-update(%g, %x)
+  ROOT %done = f32[256,256]{1,0} custom-call-done(%u)
+""",
+}
+
+
+@pytest.mark.parametrize("lines", SPARSE_CORE.values(), ids=SPARSE_CORE)
+def test_what_the_sparse_cores_gather_is_seen(lines):
+    text = """
+%gather (p: f32[64,256]) -> f32[256,256] {
+  %p = f32[64,256]{1,0} parameter(0)
+  ROOT %a = f32[256,256]{1,0} all-gather(%p), replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+ENTRY %main (x: f32[64,256]) -> f32[256,256] {
+  %x = f32[64,256]{1,0} parameter(0)"""
+    module = hlo.parse(text + lines + "}\n")
+    (found,) = collectives.find(module, {"data": 1, "fsdp": 4})
+    part = 64 * 256 * 4
+    assert found == collectives.Collective(
+        "all-gather", ("fsdp",), True, 1, 1, 3 * part
+    )
+    assert work.hbm_bytes(module) == (1 + 4) * part
+
+
 def test_hbm_bytes_count_slices_and_on_chip_memory():
     text = """
 %slice (p: f32[10,256], i: s32[]) -> f32[256] {
