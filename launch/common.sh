@@ -78,6 +78,13 @@ check_run() {
     gs://my-bucket/mpt-7b
 }
 
+# What libtpu is told with --sparse-cores; see README.md.
+sparse_core_flags='--xla_tpu_prefer_async_allgather_to_allreduce=true'
+offload=--xla_tpu_enable_sparse_core_collective_offload
+for each in all_gather 2d_all_gather 3d_all_gather reduce_scatter nd_reduce_scatter; do
+  sparse_core_flags+=" ${offload}_$each=true"
+done
+
 # The words as a shell reads them back: as they are where that is safe, else quoted.
 quote() {
   local word out=''

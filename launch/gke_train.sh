@@ -14,14 +14,15 @@
 # --storage NAME    made by "xpk storage attach", mounted in every pod
 # --workdir DIR     in the storage's mount point; the same again resumes
 # --config FILE.py  of the image
+# --sparse-cores    v5p, v6e: these exchange parameters and gradients (launch/README.md)
 # -- ARGUMENTS      for mpt_jax.train
 # --restarts N      of the whole job, beside those of the trainer's supervisor (50)
 # --dry-run         print the command only
 source "$(dirname "$0")/common.sh"
 name='' project=${PROJECT:-} zone=${ZONE:-} cluster='' type='' slices=1 image=''
-storage='' config='' workdir='' restarts=50
+storage='' config='' workdir='' sparse_cores='' restarts=50
 parse "name project zone cluster type slices image storage config workdir restarts" \
-  "" "$@"
+  "sparse-cores" "$@"
 check_name
 check_place
 check cluster "$cluster" '[a-z]([-a-z0-9]{0,38}[a-z0-9])?' my-cluster
@@ -35,6 +36,7 @@ check restarts "$restarts" '[0-9]{1,4}' 50
 
 train=(python -m mpt_jax.train --config "$config" --workdir "$workdir" --supervise)
 ((${#rest[@]})) && train+=("${rest[@]}")
+[[ $sparse_cores ]] && train=(env "LIBTPU_INIT_ARGS=$sparse_core_flags" "${train[@]}")
 run xpk workload create "--workload=$name" "--cluster=$cluster" \
   "--project=$project" "--zone=$zone" "--tpu-type=$type" "--num-slices=$slices" \
   "--docker-image=$image" "--storage=$storage" "--max-restarts=$restarts" \

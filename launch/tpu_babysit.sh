@@ -8,7 +8,7 @@
 #
 # --name, --project, --zone, --type, --slices, --spot, --runtime   as of tpu_create.sh
 # --source                                                         as of tpu_setup.sh
-# --config, --workdir, -- ARGUMENTS                                as of tpu_train.sh
+# --config, --workdir, --sparse-cores, -- ARGUMENTS                as of tpu_train.sh
 # --recreate        delete what is left of preempted TPUs and ask for new ones;
 #                   without it, this ends with code 1 when they are gone
 # --every SECONDS   between two looks (60)
@@ -18,9 +18,9 @@
 # mistake in the config, 77 diverged.
 source "$(dirname "$0")/common.sh"
 name='' project=${PROJECT:-} zone=${ZONE:-} type='' slices=1 spot='' runtime=''
-source='' config='' workdir='' recreate='' every=60
+source='' config='' workdir='' sparse_cores='' recreate='' every=60
 parse "name project zone type slices runtime source config workdir every" \
-  "spot recreate" "$@"
+  "spot recreate sparse-cores" "$@"
 check_name
 check_place
 check_run
@@ -33,6 +33,7 @@ request=(--type "$type" --slices "$slices")
 [[ $runtime ]] && request+=(--runtime "$runtime")
 [[ $spot ]] && request+=(--spot)
 training=(--config "$config" --workdir "$workdir")
+[[ $sparse_cores ]] && training+=(--sparse-cores)
 ((${#rest[@]})) && training+=(-- "${rest[@]}")
 
 create() { "$here/tpu_create.sh" "${place[@]}" "${request[@]}"; }

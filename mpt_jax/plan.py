@@ -19,6 +19,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ from mpt_jax.validate import check_mesh
 if TYPE_CHECKING:
     from mpt_jax.planning.report import Plan
     from mpt_jax.planning.topology import Topology
+
+_COMPILER_FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")  # of the environment
 
 
 def main(argv: Sequence[str]) -> int:
@@ -159,7 +162,8 @@ def _versions() -> dict[str, Any]:
             return None
 
     packages = {name: version(name) for name in ("jax", "libtpu")}
-    return {"date": datetime.date.today().isoformat(), "versions": packages}
+    told = {name: os.environ[name] for name in _COMPILER_FLAGS if name in os.environ}
+    return {"date": datetime.date.today().isoformat(), "versions": packages, **told}
 
 
 if __name__ == "__main__":

@@ -119,6 +119,25 @@ def test_dry_run_prints_the_commands(script, more, commands):
     assert done.stdout == commands + "\n"
 
 
+@pytest.mark.parametrize("script", ["tpu_train.sh", "tpu_babysit.sh", "gke_train.sh"])
+def test_sparse_cores_are_libtpus_environment(script):
+    done = launch(script, *GOOD[script], "--sparse-cores", "--dry-run")
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line for line in done.stdout.splitlines() if " --supervise" in line]
+    assert lines
+    for line in lines:
+        told = shlex.split(line)[-1].removeprefix("--command=")
+        env, setting, program = shlex.split(told)[:3]
+        assert (env, setting) == ("env", f"LIBTPU_INIT_ARGS={sparse_core_flags()}")
+        assert program in ("python", "mpt_jax/launch/on_worker.sh")
+
+
+def sparse_core_flags() -> str:
+    command = f'source {LAUNCH}/common.sh; printf %s "$sparse_core_flags"'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    return done.stdout
+
+
 @pytest.mark.parametrize("script", ["tpu_train.sh", "gke_train.sh"])
 def test_arguments_reach_the_trainer_as_they_are(script):
     """Through the printed command, the shell that runs it, and the worker's."""

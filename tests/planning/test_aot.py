@@ -4,6 +4,7 @@ Golden collectives are rewritten by ``python -m tests.planning.golden aot``.
 """
 
 import json
+import os
 import subprocess
 import sys
 
@@ -14,10 +15,26 @@ from tests.planning import golden
 
 pytestmark = pytest.mark.aot
 
+SMALL_ARRAYS = 0.02  # of the bytes of matrices: norms and the like, padded or not
+
 
 def run(*args):
     pytest.importorskip("libtpu", reason="needs the aot extra")
     return golden.cut_in_a_child(*args)
+
+
+def plan(tmp_path, config, topology, *arguments, **environment):
+    """What the verb writes, of two layers."""
+    pytest.importorskip("libtpu", reason="needs the aot extra")
+    out = tmp_path / "plan.json"
+    command = [sys.executable, "-m", "mpt_jax.plan", "--config", config, *arguments]
+    command += ["--topology", topology, "--config.model.n_layers=2", "--json", str(out)]
+    done = subprocess.run(
+        command, cwd=golden.ROOT, capture_output=True, text=True,
+        env=os.environ | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(out.read_text())
 
 
 @pytest.mark.parametrize("case", golden.AOT_CUTS, ids=lambda c: golden.cut_name(*c[:3]))
@@ -37,16 +54,30 @@ def test_memory_grows_by_the_same_for_each_layer():
     assert two + 3 * (four - two) == pytest.approx(eight, rel=0.03)
 
 
+@pytest.mark.parametrize("topology", ["v5p:4x4x4", "v6e:8x8"])
+def test_sparse_cores_exchange_beside_the_computation(topology, tmp_path):
+    """With the flags of launch/; without them gradients are summed whole, while all
+    else waits."""
+    common = golden.ROOT / "launch" / "common.sh"
+    command = f'source {common}; printf %s "$sparse_core_flags"'
+    flags = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    without, within = (
+        plan(tmp_path, "configs/mpt_7b.py", topology, LIBTPU_INIT_ARGS=text)
+        for text in ("", flags.stdout)
+    )
+    assert within["LIBTPU_INIT_ARGS"] == flags.stdout
+    sent = {c["kind"]: c["bytes"] for c in within["collectives"] if c["asynchronous"]}
+    matrices = 2 * 12 * 4096**2 * 63 / 64  # of two layers, without one's own part
+    assert sent["reduce-scatter"] == pytest.approx(4 * matrices, rel=SMALL_ARRAYS)
+    assert sent["all-gather"] >= 2 * 2 * matrices  # forward and backward
+    exposed = [p["roofline_seconds"]["exposed"] for p in (without, within)]
+    assert exposed[1] < exposed[0]
+
+
 @pytest.mark.parametrize("what", ["prefill", "decode"])
 def test_generation_holds_its_weights_and_cache(what, tmp_path):
-    pytest.importorskip("libtpu", reason="needs the aot extra")
-    out = tmp_path / "plan.json"
-    command = [sys.executable, "-m", "mpt_jax.plan", "--what", what]
-    command += ["--config", "configs/released/mpt_7b.py", "--topology", "v5e:2x2"]
-    command += ["--config.model.n_layers=2", "--json", str(out)]
-    done = subprocess.run(command, cwd=golden.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    values = json.loads(out.read_text())
+    config = "configs/released/mpt_7b.py"
+    values = plan(tmp_path, config, "v5e:2x2", "--what", what)
     # k and v of 2 layers, 8 slots of 2,048 tokens, 8 of 32 heads of 128, in bfloat16;
     # the norms that skipping reads are a thousandth more.
     kv = 2 * 2 * 8 * 2048 * 8 * 128 * 2
