@@ -24,9 +24,9 @@ COMPILER_OPTIONS: dict[str, dict[str, bool | int]] = {
 }
 
 
-# And those for programs whose devices exchange something. None for TPUs: with the flags
-# for asynchronous collectives that others set, the compiled step of two layers of
-# MPT-7B on v5e:4x4 is the same, collective by collective, as without.
+# And those for programs whose devices exchange something. None for TPUs: on v5e the
+# flags that others set for asynchronous collectives change none of the step, and those
+# that do on v5p and v6e nobody has run yet: they are in launch/.
 COLLECTIVE_OPTIONS: dict[str, dict[str, bool | int]] = {
     "gpu": {
         # Off by default: without it a layer's matmuls wait for its parameters.
