@@ -29,7 +29,7 @@ from mpt_jax.kernels.blocks import accumulator, einsum
 
 NORM_BLOCK = 128
 # A step of the XLA form: large enough that the loop around it costs nothing.
-_STEP = 256
+STEP = 256
 
 
 def key_norms(k_BKSD: jax.Array) -> jax.Array:
@@ -165,7 +165,7 @@ def _decode_xla(
     rule: Rule,
 ) -> jax.Array:
     (B, L, H, D), (_, K, S, _) = q_BLHD.shape, k_BKSD.shape
-    G, step = H // K, min(_STEP, S)
+    G, step = H // K, min(STEP, S)
     q_BKRD = _by_kv_head(q_BLHD, K).reshape(B, K, G * L, D)
     acc_dtype = accumulator(q_BLHD)
     position_BL = lengths_B[:, None] - L + jnp.arange(L, dtype=jnp.int32)[None, :]

@@ -141,11 +141,14 @@ def _closing(text: str, start: int) -> int:
 # ---------------------------------------------------------------- how often things run
 
 
-def executed(module: Module) -> Iterator[tuple[Instruction, Computation, int]]:
+def executed(
+    module: Module, *, rounds: int = 1
+) -> Iterator[tuple[Instruction, Computation, int]]:
     """Every instruction outside fusions, its computation, and how often it runs.
 
-    Of a conditional the branch that makes most bytes; the body of a loop whose trip
-    count depends on data once.
+    Of a conditional the branch that makes most bytes.
+
+    Args: rounds: of a loop whose trip count depends on data.
     """
     Run = tuple[Instruction, Computation, int]
 
@@ -158,7 +161,7 @@ def executed(module: Module) -> Iterator[tuple[Instruction, Computation, int]]:
             yield instruction, computation, times
             if instruction.opcode == "while":
                 trips = trip_count(module, instruction, computation)
-                yield from walk(instruction.called("body"), times * (trips or 1))
+                yield from walk(instruction.called("body"), times * (trips or rounds))
             elif instruction.opcode == "conditional":
                 branches = [list(walk(b, times)) for b in instruction.branches()]
                 yield from max(branches, key=made)

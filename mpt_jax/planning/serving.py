@@ -14,6 +14,7 @@ from mpt_jax import partitioning
 from mpt_jax.config import ModelConfig, TrainConfig
 from mpt_jax.errors import ConfigError, UserError
 from mpt_jax.generation import programs
+from mpt_jax.kernels.decode import STEP
 from mpt_jax.models import mpt
 from mpt_jax.planning import collectives, compiled, hlo, work
 from mpt_jax.planning.figures import Figures, Memory, roofline
@@ -92,6 +93,7 @@ def _compile(cfg: ModelConfig, mesh: Mesh, what: str, load: Load) -> Figures:
         args = cfg, cfg.vocab_size, load.capacity, params, state
         rest = number(load.chunk), *(number() for _ in range(4))
         traced = programs.prefill.trace(*args, *rest)
+    rounds = -(-load.capacity // STEP)  # over the keys of full slots
     begin = time.monotonic()
     try:
         executable = traced.lower().compile()
@@ -114,8 +116,8 @@ def _compile(cfg: ModelConfig, mesh: Mesh, what: str, load: Load) -> Figures:
         ),
         model_flops=flops,
         causal_flops=flops,
-        executed_flops=work.matmul_flops(traced.jaxpr.jaxpr),
-        hbm_bytes=work.hbm_bytes(module),
+        executed_flops=work.matmul_flops(traced.jaxpr.jaxpr, rounds=rounds),
+        hbm_bytes=work.hbm_bytes(module, rounds=rounds),
         collectives=collectives.find(module, dict(mesh.shape)),
         compile_seconds=seconds,
     )

@@ -18,13 +18,15 @@ from mpt_jax.planning.hlo import (
 )
 
 
-def matmul_flops(jaxpr: Any) -> float:
+def matmul_flops(jaxpr: Any, *, rounds: int = 1) -> float:
     """FLOPs of all matrix products of a traced program, over all devices.
 
     Loops count in full and recomputation is in it, as rematerialised code is in the
-    jaxpr; of a conditional the dearest branch, of a loop without a fixed length one
-    round. Attention kernels, a ring's together, are their products over half of the
-    square, which is what is causal; what ALiBi lets them skip depends on data.
+    jaxpr; of a conditional the dearest branch. Attention kernels, a ring's together,
+    are their products over half of the square, which is what is causal; what ALiBi lets
+    them skip depends on data.
+
+    Args: rounds: of a loop without a fixed length.
     """
     total = 0.0
     for eqn in jaxpr.eqns:
@@ -34,11 +36,13 @@ def matmul_flops(jaxpr: Any) -> float:
         elif name == "pallas_call":
             total += _attention(eqn)
         else:
-            inner = [matmul_flops(j) for j in _jaxprs(eqn.params)]
+            inner = [matmul_flops(j, rounds=rounds) for j in _jaxprs(eqn.params)]
             if name == "cond":
                 total += max(inner, default=0)
             elif name == "scan":
                 total += eqn.params["length"] * sum(inner)
+            elif name == "while":
+                total += rounds * sum(inner)
             elif name == "shard_map":
                 around = _ring(eqn)
                 total += around or eqn.params["mesh"].size * sum(inner)
@@ -112,18 +116,21 @@ _FREE = {
 _FREE_CALLS = {"AllocateBuffer", "ConcatBitcast"}  # of libtpu
 _SLICES = {"dynamic-slice", "slice", "gather"}
 _SAME = {"bitcast", "convert", "copy"}
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written
 
 
-def hbm_bytes(module: Module) -> int:
+def hbm_bytes(module: Module, *, rounds: int = 1) -> int:
     """Bytes that one device reads from and writes to its main memory, loops included.
 
     Of each instruction (a fusion is one) its operands and results, as far as they are
     not in on-chip memory; of an operand that is only sliced, and of a buffer that is
     updated in place, only the slice, however deep in a fusion that happens.
+
+    Args: rounds: of a loop whose trip count depends on data.
     """
     return sum(
         times * _traffic(module, instruction, computation)
-        for instruction, computation, times in executed(module)
+        for instruction, computation, times in executed(module, rounds=rounds)
     )
 
 
@@ -144,8 +151,8 @@ def _traffic(module: Module, instruction: Instruction, around: Computation) -> i
         return sum(operands[1:])  # of what has started
     if opcode in _SLICES:
         return sum(out) + min(sum(out), operands[0])
-    if opcode == "dynamic-update-slice":
-        return 2 * operands[1]
+    if opcode in _UPDATES:
+        return 2 * operands[_UPDATES[opcode]]
     if opcode == "fusion":
         body = module.computations[instruction.called("calls")]
         read = [_read(module, body, n) for n in range(len(operands))]
@@ -185,7 +192,7 @@ def _taken(module: Module, user: Instruction, value: Instruction) -> int:
     """Bytes of ``value`` that ``user`` reads."""
     if user.opcode in _SLICES:
         return shape_bytes(user.shape)
-    if user.opcode == "dynamic-update-slice" and user.operands[0] == value.name:
+    if user.opcode in _UPDATES and user.operands[0] == value.name:
         return 0
     if user.opcode == "fusion":
         body = module.computations[user.called("calls")]
@@ -194,17 +201,23 @@ def _taken(module: Module, user: Instruction, value: Instruction) -> int:
     return shape_bytes(value.shape)
 
 
+def _source(body: Computation, value: Instruction) -> Instruction:
+    """What ``value`` is but for changes of its type."""
+    while value.opcode in _SAME:
+        value = body[value.operands[0]]
+    return value
+
+
 def _written(module: Module, body: Computation, value: Instruction) -> list[int]:
     """Bytes that a fusion writes of each array of ``value``, in ``body``."""
     if value.opcode == "tuple":
         each = (_written(module, body, body[name]) for name in value.operands)
         return list(itertools.chain(*each))
-    source = value
-    while source.opcode in _SAME:
-        source = body[source.operands[0]]
-    if source.opcode == "dynamic-update-slice":
-        return [shape_bytes(body[source.operands[1]].shape)]
-    if source.opcode == "fusion":
+    source = _source(body, value)
+    if source.opcode in _UPDATES:
+        if _source(body, body[source.operands[0]]).opcode == "parameter":
+            return [shape_bytes(body[source.operands[_UPDATES[source.opcode]]].shape)]
+    elif source.opcode == "fusion":
         inner = module.computations[source.called("calls")]
         return _written(module, inner, inner[inner.root])
     return array_bytes(value.shape)

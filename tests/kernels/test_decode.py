@@ -83,7 +83,7 @@ xla = functools.partial(decode_attention, implementation="xla")
     ids=["gqa", "few_bf16_softcap", "mqa_window", "no_slopes"],
 )
 def test_matches_float64_for_every_length(attend, shape, rule, slopes, monkeypatch):
-    monkeypatch.setattr(decode, "_STEP", 128)  # three steps, of which the last overlaps
+    monkeypatch.setattr(decode, "STEP", 128)  # three steps, of which the last overlaps
     q, k, v, lengths_B, slopes_H = inputs(**shape)
     if not slopes:
         slopes_H = None
@@ -98,7 +98,7 @@ def test_matches_float64_for_every_length(attend, shape, rule, slopes, monkeypat
 @pytest.mark.parametrize("attend", [xla, gpu], ids=["xla", "gpu"])
 def test_erased_keys_are_not_read(attend, monkeypatch):
     """A steep head's old keys may be anything; a flat head reads them all."""
-    monkeypatch.setattr(decode, "_STEP", 128)
+    monkeypatch.setattr(decode, "STEP", 128)
     S = 512
     q, k, v, lengths_B, _ = inputs(S=S, H=2, K=2, lengths=(S,))
     rule = Rule(0.3)

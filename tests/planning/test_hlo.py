@@ -244,6 +244,34 @@ ENTRY %main (kept: f32[10,256], i: s32[]) -> (f32[10,256], f32[256]) {
     assert work.hbm_bytes(hlo.parse(text)) == 3 * 256 * 4
 
 
+ROWS, TABLE = 4 * 256 * 4, 1000 * 256 * 4
+SCATTERS = {
+    "into what lies there": ("f32[1000,256]{1,0}", "bitcast(%base)", 2 * ROWS),
+    "into what is new": ("f32[]", "broadcast(%base), dimensions={}", 4 + ROWS + TABLE),
+}
+
+
+@pytest.mark.parametrize(("shape", "into", "expected"), SCATTERS.values(), ids=SCATTERS)
+def test_hbm_bytes_of_a_scatter_are_its_rows(shape, into, expected):
+    text = f"""
+%put (base: {shape}, rows: f32[4,256], at: s32[4]) -> f32[1000,256] {{
+  %base = {shape} parameter(0)
+  %all = f32[1000,256]{{1,0}} {into}
+  %rows = f32[4,256]{{1,0}} parameter(1)
+  %at = s32[4]{{0}} parameter(2)
+  ROOT %s = f32[1000,256]{{1,0}} scatter(%all, %at, %rows), to_apply=%add
+}}
+
+ENTRY %main (base: {shape}, rows: f32[4,256], at: s32[4]) -> f32[1000,256] {{
+  %base = {shape} parameter(0)
+  %rows = f32[4,256]{{1,0}} parameter(1)
+  %at = s32[4]{{0:S(1)}} parameter(2)
+  ROOT %f = f32[1000,256]{{1,0}} fusion(%base, %rows, %at), kind=kCustom, calls=%put
+}}
+"""
+    assert work.hbm_bytes(hlo.parse(text)) == expected
+
+
 def test_hbm_bytes_of_a_slice_that_is_fetched_in_advance():
     text = """
 ENTRY %main (x: f32[10,256]) -> f32[2,256] {
@@ -254,6 +282,18 @@ ENTRY %main (x: f32[10,256]) -> f32[2,256] {
 }
 """
     assert work.hbm_bytes(hlo.parse(text)) == 2 * 2 * 256 * 4
+
+
+def test_a_loop_whose_length_depends_on_data_runs_as_often_as_told():
+    def f(x, n):
+        return jax.lax.fori_loop(0, n, lambda _, y: jnp.tanh(y @ y), x)
+
+    traced = jax.jit(f).trace(jnp.ones((16, 16)), 3)
+    flops = [work.matmul_flops(traced.jaxpr.jaxpr, rounds=n) for n in (1, 5)]
+    assert flops == [2 * 16**3, 5 * 2 * 16**3]
+    module = hlo.parse(traced.lower().compile().as_text())
+    once, twice, thrice = (work.hbm_bytes(module, rounds=n) for n in (1, 2, 3))
+    assert thrice - twice == twice - once >= 2 * 16 * 16 * 4
 
 
 def test_bytes_of_shapes():
