@@ -131,7 +131,7 @@ def choose(template: str | None, *, name: str, tokenizer: Tokenizer) -> Template
         if wanted is None:
             raise UserError(
                 f"{name!r} is no released Instruct or Chat model and its tokenizer has "
-                f"no ChatML tokens: choose a template of {', '.join(TEMPLATES)}"
+                f"no ChatML tokens: choose a --template of {', '.join(TEMPLATES)}"
             )
     elif wanted is None or wanted.name != template:
         wanted = TEMPLATES[template]
@@ -153,7 +153,7 @@ def _special_ids(template: Template, tokenizer: Tokenizer) -> dict[str, int]:
         raise UserError(
             f"the template {template.name!r} needs {' and '.join(missing)}, which the "
             "tokenizer does not have as special tokens: take the tokenizer.json that "
-            "came with the Chat model, or TOKENIZER+chatml"
+            "came with the Chat model, or --tokenizer FILE+chatml"
         )
     return {token: i for token, i in found.items() if i is not None}
 

@@ -153,7 +153,7 @@ def test_choice_can_be_overridden(chatml):
 @pytest.mark.parametrize(
     ("template", "name", "problem"),
     [
-        (None, "mpt-7b", "choose a template of instruct, instruct-v3, chatml"),
+        (None, "mpt-7b", "choose a --template of instruct, instruct-v3, chatml"),
         (None, "mpt-7b-chat", r"needs <\|im_start\|> and <\|im_end\|>"),
         ("chatml", "mpt-7b", r"needs <\|im_start\|> and <\|im_end\|>"),
         ("alpaca", "mpt-7b", "no template 'alpaca'; known are instruct"),

@@ -37,7 +37,7 @@ def test_the_template_is_what_the_model_was_released_with():
     assert found.name == "instruct"
     found, why = serve.choose_template("auto", model("mpt-7b"))
     assert found is None
-    assert "choose a template" in why
+    assert "choose a --template" in why
     assert serve.choose_template("none", model("mpt-7b-instruct"))[0] is None
     found, _ = serve.choose_template("instruct", model("mpt-7b"))
     assert found.name == "instruct"
