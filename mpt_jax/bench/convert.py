@@ -44,7 +44,13 @@ def main(argv: Sequence[str]) -> int:
     add("--preset", default="mpt-1b-redpajama-200b", choices=sorted(presets.PRESETS))
     add("--dtype", choices=("float32", "bfloat16"), default="float32")
     add("--file_gb", type=float, default=1.0, help="size of the folder's files")
-    add("--formats", nargs="*", choices=FORMATS, default=list(FORMATS))
+    add(
+        "--formats",
+        nargs="*",
+        choices=FORMATS,
+        default=["mosaicml"],
+        help="that hold this model; mosaicml holds any",
+    )
     add("--dir", metavar="DIR", help="where there is room; default: /tmp or $TMPDIR")
     add("--out", metavar="FILE.json", help="also write the result there")
     add("--traceback", action="store_true", help="show the stack of an error")

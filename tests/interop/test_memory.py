@@ -40,6 +40,7 @@ def test_the_benchmark_measures_every_format(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convert.presets, "model", lambda name: small)
     file = tmp_path / "result.json"
     arguments = ["--file_gb", "1e-5", "--dir", str(tmp_path), "--out", str(file)]
+    arguments += ["--formats", *convert.FORMATS]
     assert convert.main(arguments) == 0
     rows = json.loads(file.read_text())["rows"]
     assert [row["what"] for row in rows] == [
