@@ -13,7 +13,6 @@ import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from mpt_jax.errors import UserError
@@ -151,9 +150,9 @@ def _stored(
     )  # fmt: skip
 
     def read() -> np.ndarray:
-        data = np.array(tensor.data)  # a copy: the file is mapped
-        if kind == "bfloat16":
-            data = data.view(ml_dtypes.bfloat16).reshape(shape)
+        # Not tensor.data: pages read of a mapped file stay, and count as our memory.
+        data = np.fromfile(path, np.uint8, tensor.n_bytes, offset=tensor.data_offset)
+        data = data.view(DTYPES[kind]).reshape(shape)
         return data.astype(narrow) if narrowed else data
 
     return Stored(name, path, shape, "bfloat16" if narrowed else kind, read)

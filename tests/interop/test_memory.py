@@ -27,9 +27,9 @@ def test_peak_memory_is_below_the_largest_file(tmp_path):
     assert len(sizes) > 4
     limit = FACTOR * max(sizes)
     for source, out, format in (
-        ("src", "ckpt", "mpt_jax"),
-        ("ckpt", "out", "mosaicml"),
-    ):
+        ("src", "ckpt", "mpt_jax"), ("ckpt", "out", "mosaicml"),
+        ("ckpt", "llama", "gguf"), ("llama", "again", "mpt_jax"),
+    ):  # fmt: skip
         _, peak = convert.measured(tmp_path / source, tmp_path / out, format)
         assert 0 < peak < limit
     json.loads((tmp_path / "out/config.json").read_text())
