@@ -19,7 +19,7 @@ MIN_TORCH = (2, 6)  # before it, weights_only could be made to run code: CVE-202
 
 
 class TorchFiles:
-    """Torch pickles, one of them mapped at a time: only its touched pages are read."""
+    """Torch pickles, mapped for one tensor at a time, of which the pages are read."""
 
     def __init__(self) -> None:
         self._file: pathlib.Path | None = None
@@ -48,8 +48,13 @@ class TorchFiles:
         def read(name: str) -> np.ndarray:
             tensor = tensors()[name].detach().contiguous()
             if tensor.dtype == torch.bfloat16:  # numpy has none
-                return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-            return tensor.numpy()
+                array = tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+            else:
+                array = tensor.numpy()
+            array = array.copy()
+            # Mapped anew each time: pages that were read count as our memory.
+            self._file = self._content = None
+            return array
 
         found = []
         for name, tensor in tensors().items():

@@ -35,6 +35,19 @@ def test_peak_memory_is_below_the_largest_file(tmp_path):
     json.loads((tmp_path / "out/config.json").read_text())
 
 
+@pytest.mark.hf
+def test_peak_memory_of_a_torch_pickle_is_far_below_the_file(tmp_path):
+    torch = pytest.importorskip("torch")
+    from safetensors.torch import load_file
+
+    source = tmp_path / "src"
+    convert.make_folder(source, parse(ModelConfig, FIELDS), file_bytes=10**9)
+    torch.save(load_file(source / "model.safetensors"), source / "pytorch_model.bin")
+    (source / "model.safetensors").unlink()
+    _, peak = convert.measured(source, tmp_path / "ckpt", "mpt_jax")
+    assert 0 < peak < (source / "pytorch_model.bin").stat().st_size
+
+
 def test_the_benchmark_measures_every_format(tmp_path, monkeypatch, capsys):
     small = parse(ModelConfig, folders.PLAIN)
     monkeypatch.setattr(convert.presets, "model", lambda name: small)
