@@ -7,7 +7,7 @@ A folder as MosaicML writes it, of random weights, becomes one of our checkpoint
 that each of the formats, every time in a process of its own. Reported are the most
 memory that the process ever had beyond what it had before (pages of mapped files
 included), over the largest file, and the bytes a second, over those of copying the
-folder. Needs room for three times the weights; nothing of it stays.
+folder. Needs Linux, and room for twice the weights; nothing of it stays.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def bench(flags: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
-    """A row for copying and for each conversion; the checkpoint itself is kept last."""
+    """A row for copying, and one for each conversion."""
     source, ours, out = folder / "source", folder / "ours", folder / "out"
     cfg = dataclasses.replace(presets.model(flags.preset), param_dtype=flags.dtype)
     make_folder(source, cfg, file_bytes=int(flags.file_gb * 1e9))

@@ -83,8 +83,8 @@ def _each(module: Module, mesh: Mapping[str, int]) -> Iterator[Found]:
     fused: dict[str, list[Any]] = {}
     for instruction, computation, times in executed(module):
         kind = instruction.opcode.removesuffix("-start")
+        started = kind != instruction.opcode
         if kind in KINDS:
-            started = instruction.opcode.endswith("-start")
             yield (
                 kind,
                 _groups(instruction, n),
@@ -101,7 +101,6 @@ def _each(module: Module, mesh: Mapping[str, int]) -> Iterator[Found]:
             # starts, where it goes on beside a matmul, and where it is done.
             channel = re.search(r"channel_id=(\d+)", part.attributes)
             key = channel[1] if channel else f"{inner}/{part.name}"
-            started = instruction.opcode.endswith("-start")
             asynchronous = started or "async" in instruction.name + inner
             before = fused.get(key)
             if before is None or times < before[-1]:

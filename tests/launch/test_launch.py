@@ -14,6 +14,8 @@ import time
 
 import pytest
 
+from tests.launch.flags import sparse_cores
+
 ROOT = pathlib.Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(p.name for p in LAUNCH.iterdir() if p.suffix in (".sh", ".sbatch"))
@@ -128,14 +130,8 @@ def test_sparse_cores_are_libtpus_environment(script):
     for line in lines:
         told = shlex.split(line)[-1].removeprefix("--command=")
         env, setting, program = shlex.split(told)[:3]
-        assert (env, setting) == ("env", f"LIBTPU_INIT_ARGS={sparse_core_flags()}")
+        assert (env, setting) == ("env", f"LIBTPU_INIT_ARGS={sparse_cores()}")
         assert program in ("python", "mpt_jax/launch/on_worker.sh")
-
-
-def sparse_core_flags() -> str:
-    command = f'source {LAUNCH}/common.sh; printf %s "$sparse_core_flags"'
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
-    return done.stdout
 
 
 @pytest.mark.parametrize("script", ["tpu_train.sh", "gke_train.sh"])

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from mpt_jax.planning.report import FORMULA_ERROR
+from tests.launch.flags import sparse_cores
 from tests.planning import golden
 
 pytestmark = pytest.mark.aot
@@ -59,14 +60,12 @@ def test_memory_grows_by_the_same_for_each_layer():
 def test_sparse_cores_exchange_beside_the_computation(topology, tmp_path):
     """With the flags of launch/; without them gradients are summed whole, while all
     else waits."""
-    common = golden.ROOT / "launch" / "common.sh"
-    command = f'source {common}; printf %s "$sparse_core_flags"'
-    flags = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    told = sparse_cores()
     without, within = (
         plan(tmp_path, "configs/mpt_7b.py", topology, LIBTPU_INIT_ARGS=text)
-        for text in ("", flags.stdout)
+        for text in ("", told)
     )
-    assert within["LIBTPU_INIT_ARGS"] == flags.stdout
+    assert within["LIBTPU_INIT_ARGS"] == told
     sent = {c["kind"]: c["bytes"] for c in within["collectives"] if c["asynchronous"]}
     matrices = 2 * 12 * 4096**2 * 63 / 64  # of two layers, without one's own part
     assert sent["reduce-scatter"] == pytest.approx(4 * matrices, rel=SMALL_ARRAYS)
